@@ -1,0 +1,39 @@
+# Two commands on a fresh machine: `make demo` (a wav becomes a face you can watch) and `make test`.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   ?= .venv
+RUN    := $(VENV)/bin/python
+INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+NATIVE := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
+PACKAGE := $(shell find jambatalk jambatalk_kernels -type f -not -name '*.pyc' 2>/dev/null)
+
+.PHONY: demo test check lint clean
+
+demo: $(VENV)/.installed
+	$(RUN) -m jambatalk.infer -o demo.html
+
+test: $(VENV)/.installed-test
+	$(RUN) -m pytest -q -m "not slow" tests
+
+# What `make test` leaves out: sanitizers, every instruction set, long property tests; then the linter.
+check: $(VENV)/.installed-test lint
+	$(RUN) -m pytest -q -m slow tests
+
+lint: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check .
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The build is isolated (pyproject.toml pins torch for its headers), so this is what `pip install .` does anywhere.
+$(VENV)/.installed: $(VENV)/bin/python $(NATIVE) $(PACKAGE)
+	$(INSTALL) torch==2.13.0
+	$(INSTALL) --upgrade --upgrade-strategy only-if-needed ".[demo]"
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(INSTALL) ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo.html

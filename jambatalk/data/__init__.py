@@ -1,0 +1,1 @@
+"""Data sets: VOCASET as released (`vocaset`) and a synthetic corpus in the same layout (`synthetic`)."""
