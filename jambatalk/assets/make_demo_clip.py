@@ -14,7 +14,6 @@ import numpy as np
 TEXT = "Hi, I'm the Jamba Talk demo. Bring me a bit of speech, maybe a poem, and my lips will move to match it."
 SEED = 0
 SAMPLING_RATE = 16000
-PAUSE_SECONDS = 0.2  # before, after and between the sentences; the voice itself leaves about as much on either side
 PEAK = 0.7
 
 
@@ -23,12 +22,7 @@ def make_clip() -> np.ndarray:
     import hibari
     import soxr
 
-    speak = hibari.Hibari()
-    pause = np.zeros(int(PAUSE_SECONDS * SAMPLING_RATE), np.float32)
-    pieces = [pause]
-    for sentence in TEXT.replace(". ", ".\n").split("\n"):
-        pieces += [soxr.resample(np.asarray(speak(sentence, seed=SEED), np.float32), 24000, SAMPLING_RATE), pause]
-    clip = np.concatenate(pieces)
+    clip = soxr.resample(np.asarray(hibari.Hibari()(TEXT, seed=SEED), np.float32), 24000, SAMPLING_RATE)
     return (clip * (PEAK / np.abs(clip).max())).astype(np.float32)
 
 
