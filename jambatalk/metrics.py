@@ -104,6 +104,24 @@ def opening_rms_correlation(opening: np.ndarray, envelope: np.ndarray) -> float:
     return float(np.dot(o, e) / scale)
 
 
+def lagged_correlations(opening: np.ndarray, envelope: np.ndarray, lags: Sequence[int]) -> np.ndarray:
+    """`opening_rms_correlation` with the mouth taken `lag` frames later than the sound, for each lag, over the frames
+    that both have. The lag with the largest value is how late the mouth is (negative: early).
+
+    Returns:
+        (lags,) float64; `nan` as in `opening_rms_correlation`, or where fewer than two frames overlap.
+    """
+    opening, envelope = _vector(opening, "opening"), _vector(envelope, "envelope")
+    values = np.full(len(lags), np.nan)
+    for i, lag in enumerate(lags):
+        overlap = len(opening) - abs(lag)
+        if overlap >= 2:
+            mouth = opening[lag:] if lag >= 0 else opening[:lag]
+            sound = envelope[:overlap] if lag >= 0 else envelope[-lag:]
+            values[i] = opening_rms_correlation(mouth, sound)
+    return values
+
+
 def pauses(envelope: np.ndarray, fps: Fraction | float) -> np.ndarray:
     """The frames of a clip in which nobody speaks and the mouth has no reason to move.
 
