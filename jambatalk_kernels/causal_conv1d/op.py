@@ -1,0 +1,240 @@
+"""causal_conv1d and causal_conv1d_step: argument checks, backend choice, autograd and shape functions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jambatalk_kernels.backends import choose, native_library
+from jambatalk_kernels.causal_conv1d.reference import conv_reference, conv_step_reference
+from jambatalk_kernels.checks import FLOATS, check_cu_seqlens, check_tensor
+
+__all__ = ["causal_conv1d", "causal_conv1d_step"]
+
+MAX_WIDTH = 16
+
+_LOADED, _WHY_NOT = native_library()
+_NO_NATIVE = None if _LOADED else _WHY_NOT
+# "swish" is the other name of silu, which the field uses too.
+_ACTIVATIONS = {None: False, "silu": True, "swish": True}
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal depthwise convolution.
+
+        y_t = activation(bias + sum_k weight[:, k] x_{t - width + 1 + k})
+
+    Args:
+        x: (batch, length, channels). weight: (channels, width), width 1 to 16. bias: (channels,). Any mix of float dtypes.
+        activation: None or "silu" (also called "swish").
+        initial_state: the ``width - 1`` inputs before the first, (batch, width - 1, channels), oldest first; else zeros.
+        return_final_state: also return the last ``width - 1`` inputs, the next call's ``initial_state``.
+        cu_seqlens: int32 (sequences + 1,), boundaries of sequences packed along ``length`` (batch 1). States are then
+            (sequences, width - 1, channels). Empty sequences are allowed. Positions outside of every sequence give zeros.
+        backend: "reference" or "cpu"; by default the first that can run (see :mod:`jambatalk_kernels.backends`).
+
+    Returns:
+        y (batch, length, channels) in x's dtype [, final state in float32, or float64 when x is].
+
+    Numerics: accumulation in float32, or float64 when x is float64. Deterministic, forward and backward. Autocast does
+    not change the dtypes. Gradients of every tensor input and through both states; a second derivative raises on
+    ``cpu`` and works on ``reference``.
+
+    Cost: one read and one write per element, which is what binds it. Backward saves the inputs only and computes the
+    sum before the activation again. Strides: any, read in place; nothing is copied beyond a chunk.
+
+    Errors: ``TypeError``/``ValueError`` that name the argument; ``BackendUnavailable`` for a forced backend.
+    """
+    try:
+        silu = _ACTIVATIONS[activation]
+        batch, length, channels = x.shape
+        device = x.device
+        fine = (
+            weight.shape[0] == channels
+            and 1 <= weight.shape[1] <= MAX_WIDTH
+            and len(weight.shape) == 2
+            and x.dtype in FLOATS
+            and weight.dtype in FLOATS
+            and weight.device == device
+            and (bias is None or (bias.shape == (channels,) and bias.dtype in FLOATS and bias.device == device))
+            and initial_state is cu_seqlens is None
+        )
+    except (AttributeError, ValueError, IndexError, TypeError, KeyError):
+        fine = False
+    if not fine:
+        _check_conv("causal_conv1d", x, weight, bias, activation, initial_state, cu_seqlens)
+
+    if device.type == "cpu":
+        candidates = {"cpu": _NO_NATIVE, "reference": None}
+    else:
+        candidates = {"reference": None, "cpu": f"the inputs are on {device}"}
+    if choose("causal_conv1d", backend, candidates) == "reference":
+        y, final_state = conv_reference(x, weight, bias, silu, initial_state, cu_seqlens)
+    elif torch.is_grad_enabled() and (
+        x.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (initial_state is not None and initial_state.requires_grad)
+    ):
+        y, final_state = _CausalConv1d.apply(x, weight, bias, initial_state, cu_seqlens, silu)
+    else:
+        y, final_state = torch.ops.jambatalk.causal_conv1d.default(x, weight, bias, initial_state, cu_seqlens, silu)
+    return (y, final_state) if return_final_state else y
+
+
+def causal_conv1d_step(
+    state: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """One position of :func:`causal_conv1d`: ``state`` drops its oldest row and gains ``x``, in place.
+
+    Args:
+        state: (batch, width - 1, channels), any float dtype. x: (batch, channels). weight: (channels, width), width 1 to 16.
+        bias: (channels,). activation: None or "silu" (also called "swish").
+
+    Returns: y (batch, channels) in x's dtype.
+
+    Gradients: only on ``reference``; a call that needs them (gradients enabled and an input that requires them) runs
+    there, with a warning. Decoding belongs under ``torch.no_grad()``.
+
+    Errors: as :func:`causal_conv1d`.
+    """
+    op = "causal_conv1d_step"
+    try:
+        silu = _ACTIVATIONS[activation]
+        batch, channels = x.shape
+        width = weight.shape[1]
+        device = x.device
+        fine = (
+            weight.shape == (channels, width)
+            and 1 <= width <= MAX_WIDTH
+            and state.shape == (batch, width - 1, channels)
+            and state.dtype in FLOATS
+            and x.dtype in FLOATS
+            and weight.dtype in FLOATS
+            and state.device == device
+            and weight.device == device
+            and (bias is None or (bias.shape == (channels,) and bias.dtype in FLOATS and bias.device == device))
+        )
+    except (AttributeError, ValueError, IndexError, TypeError, KeyError):
+        fine = False
+    if not fine:
+        _check_activation(op, activation)
+        check_tensor(op, "x", x, ("batch", "channels"), (None, None), None)
+        batch, channels = x.shape
+        width = _check_parameters(op, weight, bias, channels, x.device)
+        check_tensor(op, "state", state, ("batch", "width - 1", "channels"), (batch, width - 1, channels), x.device)
+
+    needs_grad = torch.is_grad_enabled() and (
+        state.requires_grad or x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    if device.type == "cpu":
+        reason = _NO_NATIVE or ("steps have no gradients there and this call needs them" if needs_grad else None)
+        candidates = {"cpu": reason, "reference": None}
+    else:
+        candidates = {"reference": None, "cpu": f"the inputs are on {device}"}
+    if choose(op, backend, candidates) == "reference":
+        return conv_step_reference(state, x, weight, bias, silu)
+    y = torch.ops.jambatalk.causal_conv1d_step.default(state, x, weight, bias, silu)
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(state)  # so that autograd sees a saved state that was overwritten
+    return y
+
+
+def _check_activation(op: str, activation: object) -> None:
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"{op}: activation: expected None or 'silu', got {activation!r}")
+
+
+def _check_parameters(op: str, weight: object, bias: object, channels: int, device: torch.device) -> int:
+    """Check the tensors that have no batch; -> width."""
+    check_tensor(op, "weight", weight, ("channels", "width"), (channels, None), device)
+    width = weight.shape[1]
+    if not 1 <= width <= MAX_WIDTH:
+        raise ValueError(f"{op}: weight: expected a width from 1 to {MAX_WIDTH}, got {width}")
+    if bias is not None:
+        check_tensor(op, "bias", bias, ("channels",), (channels,), device)
+    return width
+
+
+def _check_conv(op, x, weight, bias, activation, initial_state, cu_seqlens) -> None:
+    """The same checks as the inline ones, one by one, so that the error says which failed."""
+    _check_activation(op, activation)
+    check_tensor(op, "x", x, ("batch", "length", "channels"), (None, None, None), None)
+    batch, length, channels = x.shape
+    width = _check_parameters(op, weight, bias, channels, x.device)
+    sequences = batch
+    if cu_seqlens is not None:
+        check_cu_seqlens(op, cu_seqlens, batch, length, x.device)
+        sequences = cu_seqlens.shape[0] - 1
+    if initial_state is not None:
+        axes = ("batch" if cu_seqlens is None else "sequences", "width - 1", "channels")
+        check_tensor(op, "initial_state", initial_state, axes, (sequences, width - 1, channels), x.device)
+
+
+class _CausalConv1d(torch.autograd.Function):
+    """The native op with its native gradient. Saved: the inputs."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, initial_state, cu_seqlens, silu):
+        y, final_state = torch.ops.jambatalk.causal_conv1d.default(x, weight, bias, initial_state, cu_seqlens, silu)
+        ctx.save_for_backward(x, weight, bias, initial_state, cu_seqlens)
+        ctx.silu = silu
+        ctx.set_materialize_grads(False)
+        return y, final_state
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y, grad_final_state):
+        x, weight, bias, initial_state, cu_seqlens = ctx.saved_tensors
+        dx, dweight, dbias, dinitial_state = torch.ops.jambatalk.causal_conv1d_backward.default(
+            grad_y, grad_final_state, x, weight, bias, initial_state, cu_seqlens, ctx.silu
+        )
+        return (
+            dx,
+            dweight,
+            None if bias is None else dbias,
+            None if initial_state is None else dinitial_state,
+            None,
+            None,
+        )
+
+
+def _fake_conv(x, weight, bias, initial_state, cu_seqlens, silu):
+    batch, _, channels = x.shape
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(x.shape), x.new_empty((sequences, weight.shape[1] - 1, channels), dtype=dtype)
+
+
+def _fake_conv_backward(grad_y, grad_final_state, x, weight, bias, initial_state, cu_seqlens, silu):
+    """A gradient that nobody can ask for is empty."""
+    return tuple(
+        x.new_empty((0,)) if tensor is None else tensor.new_empty(tensor.shape)
+        for tensor in (x, weight, bias, initial_state)
+    )
+
+
+def _fake_conv_step(state, x, weight, bias, silu):
+    return x.new_empty(x.shape)
+
+
+if _LOADED:
+    torch.library.register_fake("jambatalk::causal_conv1d", _fake_conv)
+    torch.library.register_fake("jambatalk::causal_conv1d_backward", _fake_conv_backward)
+    torch.library.register_fake("jambatalk::causal_conv1d_step", _fake_conv_step)
