@@ -1,0 +1,1 @@
+"""The whole autoregressive loop of a decoder in one call."""

@@ -1,0 +1,180 @@
+"""A decoder as data: what `rollout` runs, and the state that it carries from frame to frame.
+
+A program is a list of layer records. Each layer is  x += mixer(norm(x));  x += mlp(norm(x)),  with a Mamba or an
+attention mixer and a dense or a mixture-of-experts MLP. Matrices are stored as torch.nn.Linear stores them: (out, in).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from jambatalk_kernels.attention.reference import KVCache
+
+
+@dataclass(frozen=True)
+class MambaMixer:
+    norm: Tensor  # (d,) RMSNorm weight, as every *norm below
+    in_proj: Tensor  # (2 * inner, d): the scan's input rows first, then the gate z
+    conv_weight: Tensor  # (inner, width)
+    conv_bias: Tensor | None  # (inner,)
+    x_proj: Tensor  # (rank + 2 * states, inner): dt, B, C
+    dt_norm: Tensor  # (rank,)
+    b_norm: Tensor  # (states,)
+    c_norm: Tensor  # (states,)
+    dt_proj: Tensor  # (inner, rank)
+    dt_bias: Tensor  # (inner,), before the softplus
+    A: Tensor  # (inner, states), negative, float32 or better
+    D: Tensor  # (inner,)
+    out_proj: Tensor  # (d, inner)
+
+    MATRICES = ("in_proj", "x_proj", "dt_proj", "out_proj")
+
+
+@dataclass(frozen=True)
+class AttentionMixer:
+    norm: Tensor  # (d,)
+    q_proj: Tensor  # (heads * head_dim, d)
+    k_proj: Tensor  # (kv_heads * head_dim, d)
+    v_proj: Tensor  # (kv_heads * head_dim, d)
+    o_proj: Tensor  # (d, heads * head_dim)
+    heads: int
+    kv_heads: int
+    window: int | None  # frames seen, the current one included; None: all of them
+    rope_base: float | None  # None: no rotation
+
+    MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+    @property
+    def head_dim(self) -> int:
+        return self.q_proj.shape[0] // self.heads
+
+
+@dataclass(frozen=True)
+class DenseMLP:
+    norm: Tensor  # (d,)
+    w_in: Tensor  # (2 * hidden, d): the gate rows first; swiglu
+    w_out: Tensor  # (d, hidden)
+
+    MATRICES = ("w_in", "w_out")
+
+
+@dataclass(frozen=True)
+class MoEMLP:
+    norm: Tensor  # (d,)
+    router: Tensor  # (experts, d); never rounded by weights_dtype, so that the choice of experts is kept
+    w_in: Tensor  # (experts, 2 * hidden, d)
+    w_out: Tensor  # (experts, d, hidden)
+    top_k: int
+
+    MATRICES = ("w_in", "w_out")
+
+
+@dataclass(frozen=True)
+class Layer:
+    mixer: MambaMixer | AttentionMixer
+    mlp: DenseMLP | MoEMLP
+
+
+@dataclass(frozen=True)
+class Program:
+    """hidden_t = final_norm(layers(inputs_t + feedback_t));   feedback_{t+1} = feedback @ hidden_t + feedback_bias.
+
+    The first frame's feedback comes with the state; in a new state it is zero (motion_{-1} = 0).
+    """
+
+    layers: tuple[Layer, ...]
+    final_norm: Tensor  # (d,)
+    feedback: Tensor | None  # (d, d): W_m W_out; None: nothing is fed back
+    feedback_bias: Tensor | None  # (d,): W_m b_out
+    eps: float = 1e-6
+
+    @property
+    def width(self) -> int:
+        return self.final_norm.shape[0]
+
+    def rounded(self, dtype: torch.dtype | None) -> "Program":
+        """The same program with its matrices rounded to `dtype` (values only; they keep their own dtype)."""
+        if dtype is None:
+            return self
+
+        def round_matrices(record):
+            return replace(record, **{name: getattr(record, name).to(dtype).to(getattr(record, name).dtype)
+                                      for name in record.MATRICES})
+
+        layers = tuple(Layer(round_matrices(layer.mixer), round_matrices(layer.mlp)) for layer in self.layers)
+        feedback = None if self.feedback is None else self.feedback.to(dtype).to(self.feedback.dtype)
+        return replace(self, layers=layers, feedback=feedback)
+
+
+@dataclass
+class MambaState:
+    conv: Tensor  # (batch, width - 1, inner): the last inputs of the convolution, oldest first
+    scan: Tensor  # (batch, inner, states), float32 or better
+
+
+@dataclass
+class RolloutState:
+    """Everything that the decoder must remember for the next frame, per sequence (the first axis of every tensor)."""
+
+    mixers: list[MambaState | KVCache]  # one per layer
+    feedback: Tensor  # (batch, d): what the previous frame's motion adds to the next frame's input
+    position: Tensor  # (batch,) int64: frames seen so far
+
+    @property
+    def batch(self) -> int:
+        return self.position.shape[0]
+
+    @staticmethod
+    def empty(layers: Sequence[Layer], width: int, batch: int, *, frames: int = 0, dtype: torch.dtype = torch.float32,
+              device: torch.device | str = "cpu") -> "RolloutState":
+        """The state before the first frame. `frames` sizes the cache of attention without a window (it can grow)."""
+        mixers: list[MambaState | KVCache] = []
+        scan_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        for layer in layers:
+            mixer = layer.mixer
+            if isinstance(mixer, MambaMixer):
+                inner, conv_width = mixer.conv_weight.shape
+                mixers.append(MambaState(
+                    conv=torch.zeros(batch, conv_width - 1, inner, dtype=dtype, device=device),
+                    scan=torch.zeros(batch, inner, mixer.A.shape[1], dtype=scan_dtype, device=device)))
+            else:
+                capacity = max(frames, 1) if mixer.window is None else mixer.window
+                mixers.append(KVCache.empty(batch, capacity, mixer.kv_heads, mixer.head_dim, dtype=dtype,
+                                            device=device))
+        return RolloutState(mixers, torch.zeros(batch, width, dtype=dtype, device=device),
+                            torch.zeros(batch, dtype=torch.int64, device=device))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "RolloutState":
+        """A state with `function` applied to every tensor."""
+        mixers = [type(mixer)(*(function(getattr(mixer, field.name)) for field in fields(mixer)))
+                  for mixer in self.mixers]
+        return RolloutState(mixers, function(self.feedback), function(self.position))
+
+    def clone(self) -> "RolloutState":
+        return self.map(torch.clone)
+
+    def select(self, rows: Tensor) -> "RolloutState":
+        """A copy with only these sequences."""
+        return self.map(lambda tensor: tensor.index_select(0, rows))
+
+    def put(self, rows: Tensor, other: "RolloutState") -> None:
+        """Overwrite these sequences, in place, with those of `other`."""
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine.index_copy_(0, rows, theirs)
+
+    def tensors(self) -> list[Tensor]:
+        mixers = [getattr(mixer, field.name) for mixer in self.mixers for field in fields(mixer)]
+        return [*mixers, self.feedback, self.position]
+
+    def with_room(self, layers: Sequence[Layer], frames: int) -> "RolloutState":
+        """A copy whose attention caches have room for `frames` more frames."""
+        state = self.clone()
+        for index, layer in enumerate(layers):
+            if isinstance(layer.mixer, AttentionMixer) and layer.mixer.window is None and self.batch:
+                cache = state.mixers[index]
+                needed = int(cache.position.max()) + frames
+                if needed > cache.capacity:
+                    state.mixers[index] = cache.grown(needed)
+        return state

@@ -1,0 +1,116 @@
+"""The definition of the autoregressive loop: an interpreter of a `Program`, one frame after another, in PyTorch.
+
+It calls the step functions of the other ops, so their C++ versions serve it where they are built.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, rms_norm, silu
+
+from jambatalk_kernels.attention.reference import KVCache, rope_attention_step, rotary_table
+from jambatalk_kernels.causal_conv1d.op import causal_conv1d_step
+from jambatalk_kernels.moe.reference import moe_mlp, moe_route
+from jambatalk_kernels.rollout.program import (
+    AttentionMixer,
+    DenseMLP,
+    MambaMixer,
+    MambaState,
+    MoEMLP,
+    Program,
+    RolloutState,
+)
+from jambatalk_kernels.selective_scan.op import selective_scan_step
+
+TABLE_FRAMES = 256  # frames of rotary angles computed at a time, so that memory does not grow with the clip
+
+
+def rollout(program: Program, inputs: Tensor, state: RolloutState | None,
+            lengths: Tensor | None) -> tuple[Tensor, RolloutState]:
+    batch, frames, width = inputs.shape
+    if state is None:
+        state = RolloutState.empty(program.layers, width, batch, frames=frames, dtype=inputs.dtype,
+                                   device=inputs.device)
+    else:
+        state = state.with_room(program.layers, frames)
+    hidden = torch.zeros_like(inputs)
+    if lengths is None:
+        run(program, inputs, state, hidden)
+        return hidden, state
+    # Between two consecutive ends the set of live sequences is fixed: run exactly those, and leave the others alone.
+    start = 0
+    for stop in sorted(set(lengths.clamp(0, frames).tolist()) - {0}):
+        rows = (lengths >= stop).nonzero()[:, 0]
+        live = state.select(rows)
+        out = inputs.new_empty(rows.numel(), stop - start, width)
+        run(program, inputs[rows, start:stop], live, out)
+        hidden[rows, start:stop] = out
+        state.put(rows, live)
+        start = stop
+    return hidden, state
+
+
+def run(program: Program, inputs: Tensor, state: RolloutState, hidden: Tensor) -> None:
+    """Writes hidden (batch, frames, d) and advances the state, both in place."""
+    for begin in range(0, inputs.shape[1], TABLE_FRAMES):
+        end = min(begin + TABLE_FRAMES, inputs.shape[1])
+        positions = torch.arange(end - begin, device=inputs.device)[:, None] + state.position
+        tables = {}  # (head_dim, base) -> cos, sin (frames, batch, head_dim / 2)
+        for layer in program.layers:
+            if isinstance(layer.mixer, AttentionMixer):
+                tables[layer.mixer.head_dim, layer.mixer.rope_base] = _table(layer.mixer, positions, inputs.dtype)
+        for frame in range(begin, end):
+            at = {key: (cos[frame - begin], sin[frame - begin]) for key, (cos, sin) in tables.items()}
+            hidden[:, frame] = step(program, inputs[:, frame], state, at)
+
+
+def _table(mixer: AttentionMixer, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    if mixer.rope_base is None:
+        one = torch.ones(*positions.shape, mixer.head_dim // 2, dtype=dtype, device=positions.device)
+        return one, torch.zeros_like(one)
+    return rotary_table(positions, mixer.head_dim, mixer.rope_base, dtype)
+
+
+def step(program: Program, x: Tensor, state: RolloutState, tables: dict) -> Tensor:
+    """One frame: x (batch, d) -> hidden (batch, d). Changes the state in place."""
+    x = x + state.feedback
+    for layer, mixer_state in zip(program.layers, state.mixers, strict=True):
+        mixer, mlp = layer.mixer, layer.mlp
+        normed = rms_norm(x, mixer.norm.shape, mixer.norm, program.eps)
+        if isinstance(mixer, MambaMixer):
+            x = x + mamba_step(mixer, normed, mixer_state, program.eps)
+        else:
+            x = x + attention_step(mixer, normed, mixer_state, *tables[mixer.head_dim, mixer.rope_base])
+        x = x + mlp_step(mlp, rms_norm(x, mlp.norm.shape, mlp.norm, program.eps))
+    hidden = rms_norm(x, program.final_norm.shape, program.final_norm, program.eps)
+    if program.feedback is not None:
+        state.feedback.copy_(linear(hidden, program.feedback, program.feedback_bias))
+    state.position += 1
+    return hidden
+
+
+def mamba_step(mixer: MambaMixer, x: Tensor, state: MambaState, eps: float) -> Tensor:
+    u, z = linear(x, mixer.in_proj).chunk(2, dim=-1)
+    u = causal_conv1d_step(state.conv, u, mixer.conv_weight, mixer.conv_bias, activation="silu")
+    rank, states = mixer.dt_norm.shape, mixer.b_norm.shape
+    dt, B, C = linear(u, mixer.x_proj).split([rank[0], states[0], states[0]], dim=-1)
+    delta = linear(rms_norm(dt, rank, mixer.dt_norm, eps), mixer.dt_proj)
+    B, C = rms_norm(B, states, mixer.b_norm, eps), rms_norm(C, states, mixer.c_norm, eps)
+    y = selective_scan_step(state.scan, u, delta, mixer.A, B, C, mixer.D, z, delta_bias=mixer.dt_bias,
+                            delta_softplus=True)
+    return linear(y, mixer.out_proj)
+
+
+def attention_step(mixer: AttentionMixer, x: Tensor, cache: KVCache, cos: Tensor, sin: Tensor) -> Tensor:
+    batch = x.shape[0]
+    q = linear(x, mixer.q_proj).view(batch, mixer.heads, mixer.head_dim)
+    k = linear(x, mixer.k_proj).view(batch, mixer.kv_heads, mixer.head_dim)
+    v = linear(x, mixer.v_proj).view(batch, mixer.kv_heads, mixer.head_dim)
+    y = rope_attention_step(q, k, v, cos, sin, cache, mixer.window, mixer.head_dim**-0.5, False)
+    return linear(y.flatten(1), mixer.o_proj)
+
+
+def mlp_step(mlp: DenseMLP | MoEMLP, x: Tensor) -> Tensor:
+    if isinstance(mlp, MoEMLP):
+        return moe_mlp(x, moe_route(linear(x, mlp.router), mlp.top_k), mlp.w_in, mlp.w_out)
+    gate, up = linear(x, mlp.w_in).chunk(2, dim=-1)
+    return linear(silu(gate) * up, mlp.w_out)
