@@ -1,0 +1,248 @@
+"""From phones to 52 ARKit curves: what a mouth does while it says something.
+
+Every phone has a target for a few articulators and a dominance, a bell around its span that falls off to both sides
+(M. Cohen and D. Massaro, "Modeling coarticulation in synthetic visual speech", 1993). An articulator's value is the
+average of the targets, weighted by dominance, so that a weak phone bends to its neighbours. On top of that
+
+- the opening of the mouth grows with the loudness of the audio at that time and is zero in pauses;
+- p, b and m close the lips and f and v bring the lower lip to the teeth, whatever the neighbours want;
+- the height of the inner-lip gap is a controlled length: jaw and lips share it, and what the other units add to it (a
+  funnel opens, a pucker closes) is taken out again through `mouthClose`, which is exact because units are linear.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.ndimage import gaussian_filter1d, maximum_filter1d
+
+from jambatalk.data.synthetic.phones import Phone
+from jambatalk.face.mesh import ARKIT_UNITS, Head
+from jambatalk.face.mouth import inner_lip_gap
+
+WIDEST = 0.0135                 # metres: the inner-lip gap of a loud AA at amplitude 1
+LABIODENTAL_GAP = 0.0012        # metres: f and v leave this much between the lips
+_OVERSAMPLE = 4                 # curves are made at this multiple of the frame rate, so that smoothing is fine-grained
+
+
+@dataclass(frozen=True)
+class Style:
+    """How someone speaks; all factors are 1 for the average speaker."""
+
+    amplitude: float = 1.0          # of the opening
+    jaw: float = 0.75               # share of the opening that the jaw makes, 0..1; the lips make the rest
+    rounding: float = 1.0
+    spreading: float = 1.0
+    teeth: float = 1.0              # how much s, t, ... bare them
+    pressing: float = 1.0           # how hard the lips meet in p, b, m
+    loudness: float = 1.0           # how much louder means wider
+    coarticulation: float = 1.0     # reach of a phone beyond its span
+    smoothing: float = 0.018        # seconds, standard deviation
+    asymmetry: float = 0.0          # -0.3..0.3, positive favours the left side
+    brows: float = 1.0
+    blinks: float = 16.0            # a minute
+
+
+# Targets: opening (1 = WIDEST), pucker, funnel, spread (stretch), smile, bare (teeth). Then the dominance of the opening
+# and of the lip shape. Diphthongs are two targets in a row.
+_T = {
+    "AA": [(.95, 0, 0, .05, 0, 0, 1, .5)], "AE": [(.85, 0, 0, .30, .10, .1, 1, .6)], "AH": [(.60, 0, 0, .05, 0, 0, .8, .3)],
+    "AO": [(.82, .20, .35, 0, 0, 0, 1, .8)], "EH": [(.64, 0, 0, .25, .05, .05, 1, .5)],
+    "ER": [(.42, .15, .40, 0, 0, 0, .9, .8)], "IH": [(.46, 0, 0, .25, .05, .1, .8, .4)],
+    "IY": [(.34, 0, 0, .55, .15, .15, .9, .8)], "UH": [(.42, .40, .25, 0, 0, 0, .8, .8)],
+    "UW": [(.24, .75, .25, 0, 0, 0, .9, 1)],
+    "AW": [(.92, 0, .05, .1, 0, 0, 1, .5), (.36, .60, .25, 0, 0, 0, .8, .9)],
+    "AY": [(.95, 0, 0, .1, 0, 0, 1, .5), (.42, 0, 0, .45, .1, .1, .8, .6)],
+    "EY": [(.66, 0, 0, .30, .05, .05, 1, .6), (.36, 0, 0, .50, .15, .1, .8, .7)],
+    "OW": [(.70, .30, .30, 0, 0, 0, 1, .9), (.30, .70, .25, 0, 0, 0, .8, 1)],
+    "OY": [(.78, .30, .35, 0, 0, 0, 1, .9), (.42, 0, 0, .40, .1, .1, .8, .6)],
+    "W": [(.14, .85, .20, 0, 0, 0, .9, 1)], "R": [(.30, .20, .45, 0, 0, 0, .6, .7)],
+    "Y": [(.30, 0, 0, .35, .05, .05, .6, .5)], "L": [(.42, 0, 0, .10, 0, .1, .5, .2)],
+    "HH": [(.50, 0, 0, 0, 0, 0, .15, .05)],
+    "T": [(.26, 0, 0, .12, 0, .25, .5, .2)], "D": [(.28, 0, 0, .12, 0, .2, .5, .2)],
+    "N": [(.30, 0, 0, .10, 0, .15, .5, .2)], "K": [(.38, 0, 0, .10, 0, .05, .4, .15)],
+    "G": [(.38, 0, 0, .08, 0, .05, .4, .15)], "NG": [(.36, 0, 0, .10, 0, .05, .4, .15)],
+    "S": [(.20, 0, 0, .35, .05, .45, .9, .6)], "Z": [(.21, 0, 0, .32, .05, .4, .9, .6)],
+    "SH": [(.24, .15, .65, 0, 0, .25, .9, 1)], "ZH": [(.24, .15, .6, 0, 0, .25, .9, 1)],
+    "CH": [(.24, .15, .6, 0, 0, .25, .9, .9)], "JH": [(.25, .15, .55, 0, 0, .25, .9, .9)],
+    "TH": [(.27, 0, 0, .12, 0, .2, .7, .3)], "DH": [(.27, 0, 0, .10, 0, .15, .5, .2)],
+    "F": [(.10, 0, 0, .12, 0, .1, .7, .5)], "V": [(.10, 0, 0, .10, 0, .1, .7, .5)],
+    "P": [(.22, 0, 0, 0, 0, 0, .35, .15)], "B": [(.22, 0, 0, 0, 0, 0, .35, .15)], "M": [(.20, 0, 0, 0, 0, 0, .35, .15)],
+}
+_CLOSED_UNTIL = {"P": .72, "B": .85, "M": 1.0}      # share of the span after which the lips part (p and b end in a burst)
+
+
+def loudness(samples: np.ndarray, rate: float, times: np.ndarray) -> np.ndarray:
+    """Loudness (len(times),) of audio around each time, 1 at the clip's 95th percentile of spoken parts.
+
+    samples (n,) float, times in seconds. Root mean square over a Gaussian window with a deviation of 20 ms.
+    """
+    step = max(int(round(rate / 1000)), 1)
+    usable = len(samples) // step * step
+    power = np.square(samples[:usable].astype(np.float64)).reshape(-1, step).mean(axis=1)      # about a value per ms
+    smooth = np.sqrt(gaussian_filter1d(power, 0.020 * rate / step, mode="nearest"))
+    top = np.percentile(smooth, 95)
+    seconds = (np.arange(len(smooth)) + 0.5) * step / rate
+    return np.interp(times, seconds, smooth) / max(top, 1e-6)
+
+
+def articulate(phones: list[Phone], samples: np.ndarray, rate: float, frames: int, fps: int, style: Style, head: Head,
+               rng: np.random.Generator) -> np.ndarray:
+    """ARKit weights (frames, 52) float32 for speech; frame i shows the time i / fps.
+
+    phones: abutting spans in seconds; samples (n,) float mono at `rate` Hz, the same clip; `rng` makes blinks and the idle
+    motion of the brows. The lip gap of the result is 0 (that of the template) in p, b, m and in pauses.
+    """
+    fine = fps * _OVERSAMPLE
+    times = np.arange(frames * _OVERSAMPLE) / fine
+    opening, shape = _dominance(phones, times, style)
+    loud = loudness(samples, rate, times)
+    speaking = _speaking(phones, times, before=.07, inside=.03, linger=.05)
+    shaping = _speaking(phones, times, before=.16, inside=.0, linger=.12)
+    audible = _audible(loud, fine)
+
+    floor = np.clip(1.0 - 0.72 * style.loudness, 0.1, 0.9)
+    opening = opening * (floor + (1 - floor) * np.clip(loud, 0, 1.3) ** 0.75)
+    smoothing = style.smoothing * fine
+    wanted = gaussian_filter1d(opening * speaking * audible, smoothing, mode="nearest") * WIDEST * style.amplitude
+    shape = gaussian_filter1d(shape * shaping[:, None], smoothing, axis=0, mode="nearest")
+
+    closed = _contact(phones, times, _CLOSED_UNTIL, approach=.075 * style.coarticulation ** .5, release=.055)
+    bitten = _contact(phones, times, {"F": .9, "V": .9}, approach=.07, release=.06)
+    gap = wanted * (1 - bitten) + np.minimum(LABIODENTAL_GAP, wanted + .0004) * bitten
+    gap = gap * (1 - closed)
+
+    weights = _units(gap, wanted, shape, closed, bitten, style, head)
+    coarse = weights.reshape(frames, _OVERSAMPLE, -1)[:, 0]
+    _idle(coarse, loud[::_OVERSAMPLE], speaking[::_OVERSAMPLE], fps, style, rng)
+    return np.clip(coarse, 0, 1).astype(np.float32)
+
+
+def _dominance(phones: list[Phone], times: np.ndarray, style: Style) -> tuple[np.ndarray, np.ndarray]:
+    """Blended opening (T,) and lip shape (T, 5) before loudness, pauses and contacts."""
+    segments = []
+    for name, start, end in phones:
+        targets = _T.get(name)
+        if targets is None:                                          # pauses have no targets: see _speaking
+            continue
+        cuts = np.linspace(start, end, len(targets) + 1) if len(targets) > 1 else (start, end)
+        segments += [(*target, a, b) for target, a, b in zip(targets, cuts[:-1], cuts[1:])]
+    if not segments:
+        return np.zeros(len(times)), np.zeros((len(times), 5))
+    table = np.array(segments, np.float64)
+    start, end = table[:, 8], table[:, 9]
+    core = 0.25 * (end - start)
+    ahead = np.maximum(start + core - times[:, None], 0) / (.050 * style.coarticulation)
+    past = np.maximum(times[:, None] - end + core, 0) / (.055 * style.coarticulation)
+    open_bell = np.exp(-(ahead + past)) * table[:, 6]
+    shape_bell = np.exp(-(ahead + past) * .7) * table[:, 7]          # lips round and spread earlier than jaws move
+    opening = (open_bell @ table[:, 0]) / np.maximum(open_bell.sum(axis=1), 1e-12)
+    shape = (shape_bell @ table[:, 1:6]) / np.maximum(shape_bell.sum(axis=1, keepdims=True), 1e-12)
+    return opening, shape
+
+
+def _ramp(x: np.ndarray) -> np.ndarray:
+    """Smooth step: 0 below 0, 1 above 1, no corners."""
+    x = np.clip(x, 0, 1)
+    return x * x * x * (x * (6 * x - 15) + 10)
+
+
+def _speaking(phones: list[Phone], times: np.ndarray, before: float, inside: float, linger: float) -> np.ndarray:
+    """1 while someone speaks, 0 in pauses; rises from `before` s ahead of the first sound to `inside` s after its start,
+    and falls around the last sound's end until `linger` s after it. Pauses shorter than that do not count."""
+    value = np.zeros(len(times))
+    runs: list[list[float]] = []
+    for name, start, end in phones:
+        if name == "SIL":
+            continue
+        if runs and start - runs[-1][1] < .08:
+            runs[-1][1] = end
+        else:
+            runs.append([start, end])
+    for start, end in runs:
+        rise = _ramp((times - (start - before)) / (before + inside))
+        fall = _ramp((end + linger - times) / (linger + .05))
+        value = np.maximum(value, rise * fall)
+    return value
+
+
+def _audible(loud: np.ndarray, fine: int) -> np.ndarray:
+    """0 where the audio has been quiet for long, whatever the phone times say; 1 in speech, stops included."""
+    recent = maximum_filter1d(loud, int(.10 * fine) | 1, mode="nearest")
+    return gaussian_filter1d(_ramp((recent - .03) / .12), .012 * fine, mode="nearest")
+
+
+def _contact(phones: list[Phone], times: np.ndarray, until: dict[str, float], approach: float, release: float) -> np.ndarray:
+    """1 during the given phones (up to a share of their span), approached and released smoothly outside of it."""
+    value = np.zeros(len(times))
+    for name, start, end in phones:
+        if name in until:
+            hold = max(start + until[name] * (end - start), start + .035)      # at least two frames long
+            value = np.maximum(value, _ramp((times - start + approach) / approach) * _ramp((hold + release - times) / release))
+    return value
+
+
+def _units(gap: np.ndarray, wanted: np.ndarray, shape: np.ndarray, closed: np.ndarray, bitten: np.ndarray, style: Style,
+           head: Head) -> np.ndarray:
+    """Weights (T, 52) whose inner-lip gap above the template's is exactly `gap` (T,) in metres."""
+    regions = head.regions
+    rest = inner_lip_gap(head.template, regions["inner_lip_upper"], regions["inner_lip_lower"])
+    effect = np.array([inner_lip_gap(head.template + head.units[name], regions["inner_lip_upper"],
+                                     regions["inner_lip_lower"]) - rest for name in ARKIT_UNITS])
+    weights = np.zeros((len(gap), len(ARKIT_UNITS)))
+
+    def add(unit: str, value: np.ndarray) -> None:
+        if unit in _INDEX:
+            weights[:, _INDEX[unit]] += value
+        else:
+            weights[:, _INDEX[unit + "Left"]] += value * (1 + style.asymmetry)
+            weights[:, _INDEX[unit + "Right"]] += value * (1 - style.asymmetry)
+
+    pucker, funnel, spread, smile, bare = shape.T
+    loose = 1 - closed
+    add("mouthPucker", pucker * style.rounding * (1 - .3 * closed))
+    add("mouthFunnel", funnel * style.rounding * (1 - .6 * closed))
+    add("mouthStretch", spread * style.spreading * (1 - .3 * closed))
+    add("mouthSmile", smile * style.spreading)
+    add("mouthDimple", .3 * smile * style.spreading)
+    lips = (1 - style.jaw) * gap / (2 * effect[_INDEX["mouthLowerDownLeft"]] + 2 * effect[_INDEX["mouthUpperUpLeft"]])
+    add("mouthLowerDown", lips + .35 * bare * style.teeth * loose * (1 - bitten) * _ramp(gap / .002))
+    add("mouthUpperUp", lips * .8 + .25 * bare * style.teeth * loose * _ramp(gap / .002) + .22 * bitten)
+    add("mouthRollLower", .45 * bitten + .16 * closed * style.pressing)
+    add("mouthRollUpper", .14 * closed * style.pressing)
+    add("mouthPress", .30 * closed * style.pressing)
+    # The jaw follows the vowel it comes from and goes to, and only half of a closure: the lips do the rest.
+    jaw = style.jaw * (gap + .45 * np.maximum(wanted - gap, 0)) / effect[_INDEX["jawOpen"]]
+    add("jawOpen", jaw)
+    left_over = gap - weights @ effect
+    add("mouthClose", np.maximum(-left_over, 0) / -effect[_INDEX["mouthClose"]])
+    add("jawOpen", np.maximum(left_over, 0) / effect[_INDEX["jawOpen"]])
+    return weights
+
+
+_INDEX = {name: i for i, name in enumerate(ARKIT_UNITS)}
+
+
+def _idle(weights: np.ndarray, loud: np.ndarray, speaking: np.ndarray, fps: int, style: Style,
+          rng: np.random.Generator) -> None:
+    """Blinks and small brow motion, added in place to weights (frames, 52)."""
+    frames = len(weights)
+    times = np.arange(frames) / fps
+
+    def add(units: str, value: np.ndarray) -> None:
+        for unit in units.split():
+            weights[:, _INDEX[unit]] += value
+
+    emphasis = gaussian_filter1d(np.clip(loud - .6, 0, 1) * speaking, .12 * fps, mode="nearest")
+    drift = sum(np.sin(2 * np.pi * (rate * times + rng.random())) for rate in (.17, .31, .53)) / 3
+    add("browInnerUp", style.brows * np.clip(.30 * emphasis + .05 * (1 + drift), 0, .5))
+    add("browOuterUpLeft browOuterUpRight", style.brows * np.clip(.22 * emphasis + .02 * (1 - drift), 0, .4))
+    lid = np.zeros(frames)
+    at = rng.exponential(60 / style.blinks) * .6
+    while at < frames / fps:
+        lid = np.maximum(lid, _ramp((times - at) / .08) * _ramp((at + .28 - times) / .17))
+        at += max(rng.gamma(4.0, 60 / style.blinks / 4), .5)
+    add("eyeBlinkLeft eyeBlinkRight", lid)
+    add("eyeSquintLeft eyeSquintRight", .15 * lid)
+    add("cheekSquintLeft cheekSquintRight", .25 * weights[:, _INDEX["mouthSmileLeft"]])
