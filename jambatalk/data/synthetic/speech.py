@@ -59,8 +59,26 @@ def speak(text: str, voice: Voice, seed: int = 0) -> Speech:
     engine = {"hibari": _hibari, "flite": _flite}[voice.engine]
     # Played `pitch` times as fast as made, so it must be made that much slower to end up at the right tempo.
     made = engine(text, voice.name, voice.speed / voice.pitch, seed)
-    phones = [(name, start / voice.pitch, end / voice.pitch) for name, start, end in made.phones]
+    phones = _end_with_sound(made)
+    phones = [(name, start / voice.pitch, end / voice.pitch) for name, start, end in phones]
     return Speech(made.samples, made.rate * voice.pitch, phones)
+
+
+def _end_with_sound(speech: Speech) -> list[Phone]:
+    """The phones, where the one before a pause ends when it is no longer heard: engines hand it part of the silence."""
+    step = int(speech.rate * 0.010)
+    blocks = speech.samples[: len(speech.samples) // step * step].reshape(-1, step)
+    level = np.sqrt(np.square(blocks, dtype=np.float64).mean(axis=1))
+    heard = level > 0.03 * np.percentile(level, 95)
+    phones = list(speech.phones)
+    for i in range(len(phones) - 1):
+        (name, start, end), (following, _, pause_end) = phones[i], phones[i + 1]
+        if following == "SIL" and name != "SIL":
+            last = np.flatnonzero(heard[: int(end * speech.rate / step)])
+            sound = (last[-1] + 1) * step / speech.rate + 0.02 if len(last) else start
+            end = min(max(sound, start + 0.04), end)
+            phones[i], phones[i + 1] = (name, start, end), (following, end, pause_end)
+    return phones
 
 
 # ---------------------------------------------------------------------------------------------------------------- flite
@@ -105,7 +123,7 @@ def _flite(text: str, name: str, speed: float, seed: int) -> Speech:
 # --------------------------------------------------------------------------------------------------------------- hibari
 
 _UNIT = 0.025               # seconds a duration of 1 lasts
-_LATE = 0.075               # the durations run this much ahead of the sound that the vocoder makes of them
+_LATE = 0.0625              # the durations run this much behind the sound; measured against forced alignment
 
 
 @functools.lru_cache(maxsize=1)
@@ -152,17 +170,16 @@ def _hibari_phones(symbols: list[str], durations: list[int], seconds: float) -> 
     """Phones from the model's symbols (one character each) and their durations in units."""
     names: list[str] = []
     units: list[float] = []
-    carried = 0.0                           # the time of a stress mark belongs to the sound after it
+    carried = 0.0                           # time of marks that goes to the sound after them
     for i, (symbol, duration) in enumerate(zip(symbols, durations, strict=True)):
         name = from_hibari(symbol)
         following = symbols[i + 1] if i + 1 < len(symbols) else ""
-        if name is None and symbol in "ˈˌ":
-            carried += duration
-        elif name is None:
-            if units:                       # a space or a length mark lengthens the sound before it
-                units[-1] += duration
-            else:
-                carried += duration
+        if name is None:
+            # Stress marks and spaces have time of their own. Forced alignment puts the border of the sounds around them
+            # in the middle (median error of starts 12 ms, bias 1 ms, over 24 sentences).
+            if units:
+                units[-1] += duration / 2
+            carried += duration / 2 if units else duration
         else:
             if symbol == "ə" and following == "ɹ":
                 name = "ER"
@@ -174,5 +191,3 @@ def _hibari_phones(symbols: list[str], durations: list[int], seconds: float) -> 
     starts = np.concatenate([[0.0], ends[:-1]])
     spans = [(n, float(a), float(b)) for n, a, b in zip(names, starts, ends)]
     return tidy(spans)
-
-
