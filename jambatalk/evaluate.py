@@ -110,7 +110,7 @@ def speech_report(
     """Run a model on recordings and measure its mouth.
 
     Args:
-        model: anything with `animate(path, subject=...) -> Animation`.
+        model: a JambaTalk, or anything with `animate(audio, subject=...) -> Animation`.
         clips: from `find_clips`.
         subject: speaking style, as `JambaTalk.animate` takes it.
         alignment: False leaves out what needs phone times, and then `pocketsphinx` is not needed.
@@ -132,7 +132,7 @@ def speech_report(
     openings, paused, closures, others, correlations = [], [], [], [], []
     for clip in clips:
         recording = audio.load(clip.path)
-        animation = model.animate(clip.path, subject=subject)
+        animation = model.animate(recording, subject=subject)
         fps, frames = animation.fps, animation.frames
         opening, finite = mouth_opening(animation)
         envelope = metrics.speech_envelope(recording.samples, speech.SAMPLING_RATE, fps, frames)
@@ -320,7 +320,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     # and a module of named protocols beside this one; --speech then excludes them.
     parser.add_argument("--speech", metavar="DIR", required=True, help="folder of recordings (wav, flac, ogg)")
     parser.add_argument("--model", metavar="DIR", help="checkpoint folder or hub id (default: the bundled demo)")
-    parser.add_argument("--subject", metavar="NAME", help="training identity whose style to speak in")
+    parser.add_argument("--subject", metavar="NAME", help="training identity whose style to speak in, or mean or unknown")
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     parser.add_argument("--no-align", action="store_true", help="leave out what needs transcripts and pocketsphinx")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
@@ -339,7 +339,11 @@ def main(argv: list[str] | None = None) -> int:
     except EvaluationError as error:
         return _refuse(error)
     try:
-        model = JambaTalk.from_pretrained(arguments.model, device=arguments.device)
+        model = JambaTalk.from_pretrained(arguments.model)
+        _place(model, arguments.device)
+        if arguments.subject not in (None, "mean", "unknown") and arguments.subject not in model.config.subjects:
+            known = ", ".join([*model.config.subjects, "mean", "unknown"])
+            raise EvaluationError(f"--subject {arguments.subject}: this model knows {known}")
         done = 0
 
         def progress(row: dict[str, Any]) -> None:
@@ -357,6 +361,14 @@ def main(argv: list[str] | None = None) -> int:
         return _refuse(error)
     print(json.dumps(report, indent=2) if arguments.json else _table(report))
     return 0
+
+
+def _place(model: JambaTalk, device: str) -> None:
+    """Move a model to a device. Raises EvaluationError where there is no such device."""
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise EvaluationError(f"--device {device}: {str(error).splitlines()[0]}") from None
 
 
 def _refuse(why: object) -> int:

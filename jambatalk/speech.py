@@ -64,8 +64,8 @@ def align(samples: np.ndarray, text: str) -> list[Phone]:
     words = normalise(text)
     if not words:
         raise AlignmentError("the text has no words")
-    missing = sorted({word for word in words if not in_dictionary(word)})
-    if missing:
+    spoken = {word: pronunciation(word) for word in words}
+    if missing := sorted(word for word, phones in spoken.items() if phones is None):
         raise UnknownWords(missing)
     if len(samples) < SAMPLING_RATE // 10:
         raise AlignmentError(f"{len(samples) / SAMPLING_RATE:.3f} s of audio is too short to align")
@@ -73,6 +73,9 @@ def align(samples: np.ndarray, text: str) -> list[Phone]:
 
     # A decoder of its own for each recording: cepstral means carry over from one utterance to the next.
     decoder = decoder_class(lm=None, samprate=SAMPLING_RATE, bestpath=False, loglevel="FATAL", **_BEAMS)
+    for word, phones in spoken.items():
+        if decoder.lookup_word(word) is None:
+            decoder.add_word(word, phones, True)
     try:
         decoder.set_align_text(" ".join(words))
         _decode(decoder, pcm)
@@ -101,9 +104,17 @@ def normalise(text: str) -> list[str]:
     return [word for word in (raw.strip("'") for raw in re.findall(r"[\w']+", text.replace("_", " "))) if word]
 
 
-def in_dictionary(word: str) -> bool:
-    """Whether a word, as `normalise` gives it, has a known pronunciation."""
-    return _dictionary().lookup_word(word) is not None
+def pronunciation(word: str) -> str | None:
+    """The phones of a word, as `normalise` gives it, with spaces between, or None where nobody knows. Possessives are
+    made from their nouns where the dictionary lacks them ("beauty's")."""
+    phones = _dictionary().lookup_word(word)
+    if phones is None and word.endswith("'s"):
+        phones = _dictionary().lookup_word(word[:-2])
+        if phones is not None:
+            last = phones.split()[-1]
+            sibilant, voiceless = {"S", "Z", "SH", "ZH", "CH", "JH"}, {"P", "T", "K", "F", "TH"}
+            phones += " IH Z" if last in sibilant else " S" if last in voiceless else " Z"
+    return phones
 
 
 def _decode(decoder, pcm: bytes) -> None:

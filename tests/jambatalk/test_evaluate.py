@@ -192,6 +192,73 @@ def test_bad_folders_are_refused_in_one_line(tmp_path):
     assert empty.returncode == 2 and empty.stderr.count("\n") == 1 and "no .wav, .flac, .ogg file" in empty.stderr
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A saved model of the real kind, tiny and untrained: its head is zero, so its mouth stays shut."""
+    model_module = pytest.importorskip("jambatalk.model")
+    from jambatalk.config import JambaTalkConfig
+
+    encoder = dict(
+        context="windowed", conv_norm="layer", pre_norm=True, conv_dim=[8] * 7, hidden=16, layers=1, heads=2, ffn=16,
+        pos_conv_kernel=3, pos_conv_groups=2, attention_back=4, attention_ahead=2,
+    )  # fmt: skip
+    config = JambaTalkConfig(
+        preset="demo", vertices=3, d_model=16, heads=2, hidden=16, states=4, motion_rank=2, attention_window=30,
+        subjects=["ann"], encoder=encoder,
+    )  # fmt: skip
+    model = model_module.JambaTalk(config)
+    template = np.array([[[0, 0.001, 0], [0, 0, 0], [0, -0.02, 0]]], np.float32)
+    model.set_head(template, np.array([[0, 1, 2]]), {"inner_lip_upper": [0], "inner_lip_lower": [1]}, LIP)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_the_command_prints_json_and_a_table(checkpoint, tmp_path, capsys):
+    bursts(tmp_path / "ann\u00e9e 1.wav", 0.7, rate=8000)
+    arguments = ["--speech", str(tmp_path), "--model", str(checkpoint), "--subject", "ann"]
+    assert evaluate.main([*arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["clips"] == 1 and report["frames_exact"] and report["finite"]
+    assert report["clip_rows"][0]["frames"] == 21 and report["clip_rows"][0]["speaker"] == "ann\u00e9e"
+    assert report["silence_opening"] == pytest.approx(0, abs=1e-6) and report["opening_rms_correlation"] is None
+    assert evaluate.main(arguments) == 0
+    assert "opening_rms_correlation" in capsys.readouterr().out
+
+
+def test_bad_input_is_refused_in_one_line(checkpoint, tmp_path, capsys):
+    bursts(tmp_path / "a.wav", 0.5)
+    arguments = ["--speech", str(tmp_path), "--model", str(checkpoint)]
+    for more, word in (
+        (["--subject", "nobody"], "nobody"),
+        (["--device", "abacus"], "abacus"),
+        (["--model", str(tmp_path / "gone")], "gone"),
+        (["--model", str(tmp_path)], "missing"),
+    ):
+        assert evaluate.main([*arguments, *more]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and word in err, err
+    (tmp_path / "b.wav").write_bytes((tmp_path / "a.wav").read_bytes()[:3000])
+    assert evaluate.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "b.wav" in err and "truncated" in err
+    (tmp_path / "b.wav").unlink()
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
+    assert evaluate.main(arguments) == 2
+    assert "a.txt cannot be read as text" in capsys.readouterr().err
+
+
+def test_without_the_aligner_the_command_says_what_to_do(checkpoint, tmp_path, capsys, monkeypatch):
+    bursts(tmp_path / "a.wav", 0.5)
+    (tmp_path / "a.txt").write_text("hello")
+    monkeypatch.setitem(sys.modules, "pocketsphinx", None)
+    arguments = ["--speech", str(tmp_path), "--model", str(checkpoint)]
+    assert evaluate.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "pip install 'jambatalk[speech]'" in err and "--no-align" in err
+    assert evaluate.main([*arguments, "--no-align"]) == 0
+
+
 def test_help_does_not_wait_for_torch():
     heavy = "import sys, jambatalk.evaluate as e; e.find_clips; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, cwd=Path(__file__).parents[2])

@@ -66,6 +66,19 @@ def test_bad_text_and_bad_audio_are_named(recording):
         speech.align((recording * 32767).astype(np.int16), TEXT)
 
 
+def test_possessives_follow_their_nouns():
+    pytest.importorskip("pocketsphinx", reason="needs the package pocketsphinx (extra `speech`)")
+    assert speech.pronunciation("beauty's") == "B Y UW T IY Z"
+    assert speech.pronunciation("aardvark's").endswith("K S")
+    assert speech.pronunciation("jambatalk's") is None
+    assert speech.pronunciation("man") == "M AE N"
+
+
+def test_an_added_possessive_is_aligned(recording):
+    phones = [name for name, _, _ in speech.align(recording, "He was not an ill-disposed young aardvark's") if name != "SIL"]
+    assert phones[-8:] == "AA R D V AA R K S".split()
+
+
 def test_a_missing_package_is_named(monkeypatch):
     real = builtins.__import__
 
