@@ -1,0 +1,289 @@
+"""Speech to features at the frame rate: Wav2Vec 2.0, composed of the parts that `transformers` has.
+
+samples -> convolutions (50 Hz) -> resampling to the frame rate -> projection -> positional convolution -> transformer.
+
+Two ways to lay it over time, `AudioEncoderConfig.context`:
+
+`full` (the paper's; what pretrained checkpoints expect): samples normalised over the clip, features stretched linearly
+over the frames, every frame sees the whole clip.
+
+`windowed`: a frame depends on a bounded piece of audio. Feature k of the convolutions is centred on sample 320 k (the audio is
+padded in front by half a receptive field), frame t is the moment t / fps, and lies between two features at an exact
+rational position: a fixed grid, 5 : 3 for 30 frames/s. Attention sees `attention_back` frames back and `attention_ahead`
+frames ahead; nothing is normalised over the clip. So a clip can be encoded in chunks, with the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, pad
+
+from jambatalk.config import SAMPLING_RATE, AudioEncoderConfig
+
+if TYPE_CHECKING:
+    from transformers import Wav2Vec2Config
+
+CHUNK_FRAMES = 600  # windowed, without gradients: longer clips are encoded this many frames at a time
+
+
+class EncoderError(ValueError):
+    """A Wav2Vec 2.0 checkpoint that cannot be used: one clear line."""
+
+
+class AudioEncoder(nn.Module):
+    """samples (batch, n) 16 kHz -> (batch, frames, hidden)."""
+
+    def __init__(self, config: AudioEncoderConfig, fps: Fraction | int):
+        super().__init__()
+        # Imported here: transformers takes seconds, and nothing but a model needs it.
+        from transformers.models.wav2vec2 import modeling_wav2vec2 as parts
+
+        self.config = config
+        self.fps = Fraction(fps)
+        hf = wav2vec2_config(config)
+        self.feature_extractor = parts.Wav2Vec2FeatureEncoder(hf)
+        self.feature_projection = parts.Wav2Vec2FeatureProjection(hf)
+        encoder = (parts.Wav2Vec2EncoderStableLayerNorm if config.pre_norm else parts.Wav2Vec2Encoder)(hf)
+        self.pos_conv_embed = encoder.pos_conv_embed
+        self.layer_norm = encoder.layer_norm
+        self.layers = encoder.layers
+        self.dropout = nn.Dropout(config.dropout)
+        self.apply(_initialise)
+        if config.freeze_front_end:
+            self.feature_extractor.requires_grad_(False)
+
+    # The stages
+
+    def convolve(self, samples: Tensor) -> Tensor:
+        """(batch, n) -> (batch, features, conv_dim[-1]) at 50 Hz; n at least the receptive field."""
+        # Layer by layer, not feature_extractor(): that asks for the gradient of the samples, which nobody uses.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_front_end):
+            x = samples[:, None]
+            for layer in self.feature_extractor.conv_layers:
+                x = layer(x)
+        return x.transpose(1, 2)
+
+    def contextualise(self, features: Tensor, visible: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+        """Projection, positional convolution, transformer: (batch, frames, conv_dim[-1]) -> (batch, frames, hidden).
+
+        visible: (batch or 1, frames, frames) bool, who [query] sees whom [key]; None: all see all.
+        valid: (batch, frames) bool; padding is zeroed, so that the positional convolution sees there what it sees beyond
+        the end of a clip. None: all are.
+        """
+        x = self.feature_projection(features)
+        x = x[0] if isinstance(x, tuple) else x  # older releases of transformers return the tensor alone
+        if valid is not None:
+            x = x.masked_fill(~valid[..., None], 0)
+        x = x + self.pos_conv_embed(x)
+        if not self.config.pre_norm:
+            x = self.layer_norm(x)
+        x = self.dropout(x)
+        mask = None
+        if visible is not None:
+            mask = torch.zeros(visible.shape, dtype=x.dtype, device=x.device)[:, None]
+            mask = mask.masked_fill(~visible[:, None], torch.finfo(x.dtype).min)
+        for layer in self.layers:
+            if self.training and self.config.layer_drop and torch.rand(()) < self.config.layer_drop:
+                continue
+            x = layer(x, attention_mask=mask)
+            x = x[0] if isinstance(x, tuple) else x
+        return self.layer_norm(x) if self.config.pre_norm else x
+
+    # Whole clips
+
+    def forward(self, samples: Tensor, lengths: Tensor | None = None, frames: int | None = None) -> Tensor:
+        """Encode a batch of clips.
+
+        samples: (batch, n) float at 16 kHz. lengths: (batch,) samples of each clip; what lies beyond does not count.
+        frames: the longest clip's number of frames; by default, and for the others in any case, round(duration * fps).
+
+        Returns (batch, frames, hidden); zero beyond each clip's own frames. A clip's result does not depend on the
+        padding or on the other clips.
+        """
+        batch, n = samples.shape
+        sizes = [n] * batch if lengths is None else lengths.tolist()
+        counts = [round(Fraction(size, SAMPLING_RATE) * self.fps) for size in sizes]
+        total = max(counts, default=0) if frames is None else frames
+        if frames is not None:  # a caller may have rounded an exact duration that n samples cannot tell
+            counts = [frames if size == max(sizes) else min(count, frames) for size, count in zip(sizes, counts)]
+        if total < 1 or not batch:
+            return samples.new_zeros(batch, max(total, 0), self.config.hidden)
+        if self.config.context == "full":
+            return self._full(samples, sizes, counts, total)
+        return self._windowed(samples, sizes, counts, total)
+
+    def _full(self, samples: Tensor, sizes: list[int], counts: list[int], total: int) -> Tensor:
+        rows = []
+        for row, size, count in zip(samples, sizes, counts):  # one by one: the front end may normalise over the clip
+            clip = row[:size]
+            clip = (clip - clip.mean()) / torch.sqrt(clip.var(correction=0) + 1e-7)
+            # Less than one feature's audio is completed with silence.
+            features = self.convolve(pad(clip, (0, max(0, self.config.receptive_field - size)))[None])
+            stretched = stretch(features, count) if count else features[:, :0]
+            rows.append(pad(stretched, (0, 0, 0, total - count)))
+        features = torch.cat(rows)
+        valid = _first(counts, total, samples.device)
+        padded = not all(count == total for count in counts)
+        if not padded:
+            return self.contextualise(features)
+        # A clip of no frames sees itself: a query that sees nothing would be NaN.
+        visible = valid[:, None] | ~valid.any(1)[:, None, None]
+        return self.contextualise(features, visible.expand(-1, total, -1), valid).masked_fill(~valid[..., None], 0)
+
+    def _windowed(self, samples: Tensor, sizes: list[int], counts: list[int], total: int) -> Tensor:
+        if any(size < samples.shape[1] for size in sizes):
+            samples = samples.masked_fill(~_first(sizes, samples.shape[1], samples.device), 0)
+        chunk = total if torch.is_grad_enabled() else CHUNK_FRAMES
+        return torch.cat([out for _, out in self.chunks(samples, total, chunk, counts)], dim=1)
+
+    def chunks(self, samples: Tensor, frames: int, size: int = CHUNK_FRAMES,
+               counts: list[int] | None = None) -> Iterator[tuple[int, Tensor]]:
+        """windowed: encode clips `size` frames at a time, each time with exactly the audio that those frames depend on.
+        Yields (first frame, (batch, at most size, hidden)) in order; memory does not grow with the clip.
+
+        counts: frames of each clip of the batch, where they differ; samples beyond a clip's end must be zero.
+        """
+        for start in range(0, frames, size):
+            stop = min(start + size, frames)
+            first = max(0, start - self.config.frames_back)
+            last = min(frames, stop + self.config.frames_ahead)
+            x = self.resampled(samples, first, last)
+            valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+            if counts is not None:
+                valid = torch.arange(first, last, device=x.device) < torch.tensor(counts, device=x.device)[:, None]
+            x = self.contextualise(x, self._window(valid), valid).masked_fill(~valid[..., None], 0)
+            yield start, x[:, start - first : stop - first]
+
+    def resampled(self, samples: Tensor, first: int, last: int) -> Tensor:
+        """windowed: the convolutions' features at frames [first, last), each between its two neighbours at 50 Hz. Samples
+        beyond both ends count as zero. (batch, last - first, conv_dim[-1])"""
+        step = self.config.feature_position(1, self.fps)
+        positions = [step * frame for frame in range(first, last)]
+        before = torch.tensor([p.numerator // p.denominator for p in positions], device=samples.device)
+        share = torch.tensor([float(p - p.numerator // p.denominator) for p in positions], dtype=samples.dtype,
+                             device=samples.device)[:, None]
+        k0, k1 = int(before[0]), int(before[-1]) + 1
+        begin = k0 * self.config.hop - self.config.receptive_field // 2
+        end = k1 * self.config.hop - self.config.receptive_field // 2 + self.config.receptive_field
+        have = samples[:, max(begin, 0) : max(min(end, samples.shape[1]), 0)]
+        have = pad(have, (max(0, -begin), max(0, end - max(begin, 0) - have.shape[1])))
+        features = self.convolve(have * self.config.input_gain)
+        return torch.lerp(features[:, before - k0], features[:, before - k0 + 1], share)
+
+    def _window(self, valid: Tensor) -> Tensor:
+        """valid (batch, frames) -> (batch, frames, frames) bool: who sees whom. Padding sees itself."""
+        index = torch.arange(valid.shape[1], device=valid.device)
+        ahead = index - index[:, None]  # [query, key]
+        window = (ahead <= self.config.attention_ahead) & (ahead >= -self.config.attention_back)
+        return (window & valid[:, None]) | (ahead == 0)
+
+    # Pretrained weights
+
+    def load_wav2vec2(self, source: str | Path) -> None:
+        """Take the weights of a Wav2Vec 2.0 checkpoint: a local folder or a hub id such as facebook/wav2vec2-base-960h.
+
+        Raises EncoderError where there is none or its architecture is another than the config's
+        (`wav2vec2_architecture` reads the config off a checkpoint).
+        """
+        from transformers import Wav2Vec2Model
+
+        found = wav2vec2_architecture(source)
+        wrong = [f"{name} is {value}, not {getattr(self.config, name)}" for name, value in found.items()
+                 if name not in ("dropout", "attention_dropout", "activation_dropout", "layer_drop")
+                 and getattr(self.config, name) != value]
+        if wrong:
+            raise EncoderError(f"{source}: its architecture is not the encoder's: {'; '.join(wrong)}")
+        try:
+            model, report = Wav2Vec2Model.from_pretrained(source, use_safetensors=_has_safetensors(source),
+                                                          output_loading_info=True)
+        except Exception as error:  # whatever transformers and the hub raise, it is this checkpoint that cannot be had
+            raise EncoderError(f"{source}: cannot be loaded: {str(error).splitlines()[0]}") from error
+        missing = sorted(_own_names(dict.fromkeys(report["missing_keys"])))
+        if missing:  # transformers only warns, and leaves them random
+            raise EncoderError(f"{source}: {len(missing)} tensors are missing, the first is {missing[0]}")
+        self.load_state_dict(_own_names(model.state_dict()))
+
+
+def wav2vec2_config(config: AudioEncoderConfig) -> Wav2Vec2Config:
+    """The same architecture in transformers' words."""
+    from transformers import Wav2Vec2Config
+
+    hf = Wav2Vec2Config(
+        conv_dim=config.conv_dim, conv_kernel=config.conv_kernel, conv_stride=config.conv_stride,
+        conv_bias=config.conv_bias, feat_extract_norm=config.conv_norm, num_feat_extract_layers=len(config.conv_dim),
+        hidden_size=config.hidden, num_hidden_layers=config.layers, num_attention_heads=config.heads,
+        intermediate_size=config.ffn, do_stable_layer_norm=config.pre_norm,
+        num_conv_pos_embeddings=config.pos_conv_kernel, num_conv_pos_embedding_groups=config.pos_conv_groups,
+        hidden_dropout=config.dropout, attention_dropout=config.attention_dropout,
+        activation_dropout=config.activation_dropout, feat_proj_dropout=0.0, layerdrop=config.layer_drop,
+        layer_norm_eps=config.layer_norm_eps,
+    )
+    hf._attn_implementation = "sdpa"  # the modules are built without the model class that would choose it
+    return hf
+
+
+def wav2vec2_architecture(source: str | Path) -> dict:
+    """The fields of AudioEncoderConfig that a Wav2Vec 2.0 checkpoint (local folder or hub id) fixes."""
+    from transformers import AutoConfig
+
+    try:
+        hf = AutoConfig.from_pretrained(source)
+    except Exception as error:
+        raise EncoderError(f"{source}: no Wav2Vec 2.0 checkpoint there: {str(error).splitlines()[0]}") from error
+    if hf.model_type != "wav2vec2":
+        raise EncoderError(f"{source}: it is a {hf.model_type} checkpoint, not wav2vec2")
+    return dict(
+        conv_dim=list(hf.conv_dim), conv_kernel=list(hf.conv_kernel), conv_stride=list(hf.conv_stride),
+        conv_bias=hf.conv_bias, conv_norm=hf.feat_extract_norm, hidden=hf.hidden_size, layers=hf.num_hidden_layers,
+        heads=hf.num_attention_heads, ffn=hf.intermediate_size, pre_norm=hf.do_stable_layer_norm,
+        pos_conv_kernel=hf.num_conv_pos_embeddings, pos_conv_groups=hf.num_conv_pos_embedding_groups,
+        dropout=hf.hidden_dropout, attention_dropout=hf.attention_dropout, activation_dropout=hf.activation_dropout,
+        layer_drop=hf.layerdrop, layer_norm_eps=hf.layer_norm_eps,
+    )
+
+
+def stretch(features: Tensor, frames: int) -> Tensor:
+    """(batch, features, d) -> (batch, frames, d), linear, the first and the last pinned to the first and the last."""
+    return interpolate(features.transpose(1, 2), size=frames, mode="linear", align_corners=True).transpose(1, 2)
+
+
+def _first(counts: list[int], total: int, device: torch.device) -> Tensor:
+    return torch.arange(total, device=device) < torch.tensor(counts, device=device)[:, None]
+
+
+def _has_safetensors(source: str | Path) -> bool | None:
+    """True forbids transformers to unpickle. For a hub id transformers decides (old checkpoints have only a pickle,
+    which it opens with weights_only)."""
+    return True if list(Path(source).glob("*.safetensors")) else None
+
+
+def _own_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names of a Wav2Vec2Model's tensors -> ours. Old releases of torch spell the weight norm of the positional
+    convolution weight_g and weight_v."""
+    out = {}
+    for name, value in state.items():
+        name = name.removeprefix("wav2vec2.").removeprefix("encoder.")
+        if name.startswith(("feature_extractor.", "feature_projection.", "pos_conv_embed.", "layer_norm.", "layers.")):
+            name = name.replace("conv.weight_g", "conv.parametrizations.weight.original0")
+            name = name.replace("conv.weight_v", "conv.parametrizations.weight.original1")
+            out[name] = value
+    return out
+
+
+def _initialise(module: nn.Module) -> None:
+    """As Wav2Vec 2.0: linear N(0, 0.02), convolutions Kaiming."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv1d) and not nn.utils.parametrize.is_parametrized(module):
+        nn.init.kaiming_normal_(module.weight)
+        if module.bias is not None:
+            bound = (module.groups / (module.in_channels * module.kernel_size[0])) ** 0.5
+            nn.init.uniform_(module.bias, -bound, bound)
