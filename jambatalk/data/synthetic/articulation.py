@@ -103,8 +103,8 @@ def articulate(phones: list[Phone], samples: np.ndarray, rate: float, frames: in
     shaping = _speaking(phones, times, before=.16, inside=.0, linger=.12)
     audible = _audible(loud, fine)
 
-    floor = np.clip(1.0 - 0.72 * style.loudness, 0.1, 0.9)
-    opening = opening * (floor + (1 - floor) * np.clip(loud, 0, 1.3) ** 0.75)
+    floor = np.clip(1.0 - 0.80 * style.loudness, 0.1, 0.9)
+    opening = opening * (floor + (1 - floor) * np.clip(loud, 0, 1.3) ** 0.9)
     smoothing = style.smoothing * fine
     wanted = gaussian_filter1d(opening * speaking * audible, smoothing, mode="nearest") * WIDEST * style.amplitude
     shape = gaussian_filter1d(shape * shaping[:, None], smoothing, axis=0, mode="nearest")

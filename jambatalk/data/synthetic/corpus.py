@@ -165,7 +165,7 @@ def _record(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     loud = np.sqrt(np.mean(np.square(samples))) + 1e-9
     level = 10 ** (rng.uniform(-26, -18) / 20)
     noise = gaussian_filter1d(rng.standard_normal(len(samples)), rng.uniform(.4, 1.6))
-    noise *= level * 10 ** (rng.uniform(-55, -38) / 20) / noise.std()
+    noise *= level * 10 ** (rng.uniform(-55, -28) / 20) / noise.std()
     mixed = samples * (level / loud)
     mixed *= min(1.0, 0.97 / np.abs(mixed).max())
     return np.round(np.clip(mixed + noise, -1, 1) * 32767).astype(np.int16)
