@@ -32,6 +32,7 @@ SOURCES = [
     "csrc/registration.cpp",
     "csrc/cpu/selective_scan.cpp",
     "csrc/cpu/causal_conv1d.cpp",
+    "csrc/cpu/tensors.cpp",
     "csrc/cpu/isa.cpp",
     "csrc/cpu/kernels_plain.cpp",
     "csrc/cpu/kernels_wide.cpp",

@@ -1,0 +1,45 @@
+// The native CPU ops, as registration.cpp binds them. Shapes as in the Python functions of the same names; a gradient of
+// an argument that was not given is an empty tensor.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace jambatalk {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+std::tuple<Tensor, Tensor, Tensor> selective_scan(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
+                                                  const Tensor& C, const OptionalTensor& D, const OptionalTensor& z,
+                                                  const OptionalTensor& delta_bias, const OptionalTensor& initial_state,
+                                                  const OptionalTensor& cu_seqlens, bool delta_softplus,
+                                                  bool save_states);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_scan_backward(
+    const OptionalTensor& grad_y, const OptionalTensor& grad_final_state, const Tensor& u, const Tensor& delta,
+    const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D, const OptionalTensor& z,
+    const OptionalTensor& delta_bias, const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
+    const Tensor& chunk_states, bool delta_softplus);
+
+Tensor selective_scan_step(const Tensor& state, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
+                           const Tensor& C, const OptionalTensor& D, const OptionalTensor& z,
+                           const OptionalTensor& delta_bias, bool delta_softplus);
+
+std::tuple<Tensor, Tensor> causal_conv1d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                         const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
+                                         bool silu);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(
+    const OptionalTensor& grad_y, const OptionalTensor& grad_final_state, const Tensor& x, const Tensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens, bool silu);
+
+Tensor causal_conv1d_step(const Tensor& state, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                          bool silu);
+
+// Does nothing and returns nothing: what a call costs before any work.
+void empty_op(const Tensor& x);
+
+}  // namespace jambatalk
