@@ -150,7 +150,7 @@ class JambaTalkConfig:
     unknown_style_probability: float = 0.1  # in training, how often a clip's identity is replaced by "unknown"
 
     def __post_init__(self) -> None:
-        if isinstance(self.encoder, dict):
+        if not isinstance(self.encoder, AudioEncoderConfig):
             self.encoder = _build(AudioEncoderConfig, self.encoder, "encoder.")
         if self.arrangement not in ARRANGEMENTS:
             raise ConfigError(f"arrangement must be one of {', '.join(ARRANGEMENTS)}, got {self.arrangement!r}")
@@ -252,10 +252,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         attention_window=300,
         motion_rank=64,
         lip_weight=10.0,
-        opening_weight=0.1,
+        opening_weight=1.0,
         encoder=dict(
             context="windowed", freeze_front_end=False, attention_back=30, attention_ahead=1, input_gain=10.0,
-            conv_dim=[64, 96, 128, 128, 128, 128, 192], conv_bias=True, conv_norm="layer",
+            conv_dim=[48, 64, 96, 128, 128, 128, 192], conv_bias=True, conv_norm="layer",
             hidden=256, layers=4, heads=4, ffn=768, pre_norm=True, pos_conv_kernel=9, pos_conv_groups=4,
             activation_dropout=0.0,
         ),

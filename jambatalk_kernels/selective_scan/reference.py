@@ -73,7 +73,7 @@ def scan_reference(
         empty = (bounds[1:] == bounds[:-1])[:, None, None]
         stacked = torch.cat([initial_state[:1], *hidden])  # row i + 1 is the state after position i
         final_state = torch.where(empty, initial_state, stacked[bounds[1:]])
-    y = torch.stack([torch.einsum("bcn,bn->bc", h, C[:, t]) for t, h in enumerate(hidden)], 1) if length else u * 0
+    y = torch.einsum("btcn,btn->btc", torch.stack(hidden, 1), C) if length else u * 0
     if D is not None:
         y = y + D.to(dtype) * u
     if z is not None:
@@ -89,10 +89,11 @@ def _recurrence(
 ) -> list[Tensor]:
     """The states after every position; where ``starts[t]``, position t continues from ``restarts[t]`` instead."""
     hidden = []
-    for t in range(decay.shape[1]):
+    # unbind, not indexing: the gradient of an index is a tensor of zeros as large as the whole, for every position.
+    for t, (kept, added) in enumerate(zip(decay.unbind(1), drive.unbind(1), strict=True)):
         if starts is not None:
             state = torch.where(starts[t], restarts[t], state)
-        state = decay[:, t] * state + drive[:, t]
+        state = kept * state + added
         hidden.append(state)
     return hidden
 
