@@ -61,6 +61,11 @@ class MambaMixer(nn.Module):
         with torch.no_grad():
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
+    @property
+    def A(self) -> Tensor:
+        """(inner, states), negative, float32 or better."""
+        return -torch.exp(self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float())
+
     def forward(self, x: Tensor, state: MambaState | None = None) -> Tensor:
         """x (batch, length, d) -> (batch, length, d); the state is read and advanced in place."""
         u, z = self.in_proj(x).chunk(2, dim=-1)
@@ -73,12 +78,11 @@ class MambaMixer(nn.Module):
         dt, B, C = self.x_proj(u).split([self.rank, self.states, self.states], dim=-1)
         delta = linear(self.dt_layernorm(dt), self.dt_proj.weight)
         B, C = self.b_layernorm(B), self.c_layernorm(C)
-        A = -torch.exp(self.A_log.float() if self.A_log.dtype != torch.float64 else self.A_log)
         arguments = dict(D=self.D, z=z, delta_bias=self.dt_proj.bias, delta_softplus=True)
         if state is None:
-            y = selective_scan(u, delta, A, B, C, **arguments)
+            y = selective_scan(u, delta, self.A, B, C, **arguments)
         else:
-            y, state.scan = selective_scan(u, delta, A, B, C, **arguments, initial_state=state.scan,
+            y, state.scan = selective_scan(u, delta, self.A, B, C, **arguments, initial_state=state.scan,
                                            return_final_state=True)
         return self.out_proj(y)
 
@@ -87,9 +91,7 @@ class MambaMixer(nn.Module):
             norm=norm.weight, in_proj=self.in_proj.weight, conv_weight=self.conv1d.weight[:, 0],
             conv_bias=self.conv1d.bias, x_proj=self.x_proj.weight, dt_norm=self.dt_layernorm.weight,
             b_norm=self.b_layernorm.weight, c_norm=self.c_layernorm.weight, dt_proj=self.dt_proj.weight,
-            dt_bias=self.dt_proj.bias,
-            A=-torch.exp(self.A_log.float() if self.A_log.dtype != torch.float64 else self.A_log), D=self.D,
-            out_proj=self.out_proj.weight)
+            dt_bias=self.dt_proj.bias, A=self.A, D=self.D, out_proj=self.out_proj.weight)
 
 
 class Attention(nn.Module):
