@@ -11,6 +11,7 @@ Numpy only: an animation can be read, resampled and written where there is no to
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Iterator
@@ -32,7 +33,8 @@ class Animation:
     audio: (samples (n,) float32, rate in Hz) that the face speaks, or None.
     regions: named arrays over the mesh: "part" (V,) int64 labels, "lips", "inner_lip_upper", ... vertex indices.
     opening_scale: the mouth's inner-lip gap above the template's that counts as open, metres; 0 where unknown.
-    subject: the identity in whose style it speaks. seconds: what each stage took.
+    subject: the identity in whose style it speaks.
+    seconds: what each stage took; "vertices" grows with every vertex that is computed.
     duration: exact seconds of the sound; from `audio`, else from the frames, if not given.
     """
 
@@ -82,8 +84,12 @@ class Animation:
 
     def vertices_at(self, frames: slice | int | np.ndarray) -> np.ndarray:
         """(n, V, 3) float32 of the chosen frames."""
+        start = time.perf_counter()
         coefficients = np.atleast_2d(self.coefficients[frames])
-        return self._rest() + (coefficients @ self.basis.T).reshape(len(coefficients), -1, 3)
+        vertices = (coefficients @ self.basis.T).reshape(len(coefficients), -1, 3)
+        vertices += self._rest()
+        self.seconds["vertices"] = self.seconds.get("vertices", 0.0) + time.perf_counter() - start
+        return vertices
 
     def iter_vertices(self, chunk: int = 256) -> Iterator[np.ndarray]:
         """The same vertices in order, (at most `chunk`, V, 3) at a time."""
@@ -104,14 +110,15 @@ class Animation:
         fps = exact_fps(fps)
         frames = frames_for(self.duration, fps)
         if fps == self.fps and frames == self.frames:
-            return replace(self)
+            return replace(self, seconds=dict(self.seconds))
         step = self.fps / fps  # old frames per new frame, exact
         position = np.arange(frames, dtype=np.int64) * step.numerator
         before, weight = np.divmod(position, step.denominator)
         weight = (weight / step.denominator).astype(np.float32)[:, None]
         last = self.frames - 1
         here, there = self.coefficients[np.minimum(before, last)], self.coefficients[np.minimum(before + 1, last)]
-        return replace(self, coefficients=np.where(weight == 0, here, (1 - weight) * here + weight * there), fps=fps)
+        mixed = np.where(weight == 0, here, (1 - weight) * here + weight * there)
+        return replace(self, coefficients=mixed, fps=fps, seconds=dict(self.seconds))
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes .html, .npz or .npy, by the extension. Raises jambatalk.export.ExportError."""

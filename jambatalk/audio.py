@@ -88,15 +88,38 @@ def frames_for(duration: Fraction, fps: int | float | str | Fraction) -> int:
     return frames
 
 
+def check_file(path: str | os.PathLike) -> None:
+    """Raises AudioError for a file that is missing, empty, not a file or cut short: what can be told without decoding."""
+    path = os.fspath(path)
+    try:
+        if os.path.isdir(path):
+            raise AudioError(f"{path}: it is a folder, not a sound file")
+        if not os.path.exists(path):
+            raise AudioError(f"{path}: no such file")
+        if os.path.isfile(path) and os.path.getsize(path) == 0:
+            raise AudioError(f"{path}: it is empty")
+        if not os.path.isfile(path):
+            raise AudioError(f"{path}: it is not a regular file")
+        fault = container_fault(path)
+    except AudioError:
+        raise
+    except OSError as error:
+        raise AudioError(f"{path}: {error.strerror or _one_line(error)}") from None
+    except ValueError as error:  # a NUL in the name
+        raise AudioError(f"{path!r}: {_one_line(error)}") from None
+    if fault:
+        raise AudioError(f"{path}: {fault}")
+
+
 def _load_file(path: str) -> Audio:
-    _check_file(path)
+    check_file(path)
     try:
         import soundfile
     except (ImportError, OSError) as error:  # OSError: the wheel without its libsndfile
         raise AudioError(f"reading audio files needs the soundfile package: {error}") from None
     try:
-        # Opened here, not by soundfile, which would take the name's extension for the format (.raw, .pcm).
-        with open(path, "rb") as raw, soundfile.SoundFile(raw) as file:
+        # By its descriptor: by its name, soundfile would take the extension for the format (.raw).
+        with open(path, "rb") as raw, soundfile.SoundFile(raw.fileno(), closefd=False) as file:
             if file.frames == 0:
                 raise AudioError(f"{path}: it holds no samples")
             converter = _Converter(file.samplerate, path)
@@ -113,26 +136,6 @@ def _load_file(path: str) -> Audio:
         raise AudioError(f"{path}: {error.strerror or _one_line(error)}") from None
     except (soundfile.SoundFileError, RuntimeError, TypeError, ValueError) as error:
         raise AudioError(f"{path}: it is corrupt or not a sound file ({_libsndfile_words(error)})") from None
-
-
-def _check_file(path: str) -> None:
-    """What can be told without decoding. Raises AudioError."""
-    try:
-        if os.path.isdir(path):
-            raise AudioError(f"{path}: it is a folder, not a sound file")
-        if not os.path.exists(path):
-            raise AudioError(f"{path}: no such file")
-        if os.path.isfile(path) and os.path.getsize(path) == 0:
-            raise AudioError(f"{path}: it is empty")
-        if not os.path.isfile(path):
-            raise AudioError(f"{path}: it is not a regular file")
-        fault = container_fault(path)
-    except OSError as error:
-        raise AudioError(f"{path}: {error.strerror or _one_line(error)}") from None
-    except ValueError as error:  # a NUL in the name
-        raise AudioError(f"{path!r}: {_one_line(error)}") from None
-    if fault:
-        raise AudioError(f"{path}: {fault}")
 
 
 def _load_array(source: Any, sampling_rate: int) -> Audio:

@@ -25,13 +25,14 @@ from typing import BinaryIO
 import numpy as np
 
 from jambatalk.animation import Animation
+from jambatalk.export.errors import ExportError
 
 EXTENSION = ".html"
 DESCRIPTION = "one self-contained page with a viewer and the sound"
 LONGEST = 30 * 60  # seconds; about 80 MB, all of which a browser decodes when the page opens
 
 ERROR = 0.05e-3  # metres: the most that a vertex may be off
-_SHAPE_ERROR = 0.005e-3  # metres: of the rounding of one shape at its largest weight
+_SHAPE_ERROR = (5e-6, 2.5e-6, 1e-6, 1e-7)  # metres: of the rounding of one shape at its largest weight; the first that does
 _BASE_STEP = 0.005  # millimetres; positions in the page are millimetres
 _PROBE = 1500  # frames looked at while choosing how many shapes to keep
 
@@ -50,6 +51,8 @@ _CLAY = ((0.745, 0.720, 0.695), 0.20)  # a mesh whose parts are not known
 
 
 def write(animation: Animation, file: BinaryIO) -> None:
+    if len(animation.faces) == 0:
+        raise ExportError("there are no triangles to draw: the checkpoint has no faces; .npz and .npy need none")
     file.write(_page(animation).encode("utf-8"))
 
 
@@ -143,31 +146,41 @@ def _pack_motion(animation: Animation) -> tuple[np.ndarray, np.ndarray, np.ndarr
     peak = np.abs(shapes).max(axis=0, initial=0)
     keep = largest * peak > 1e-9
     weights, shapes, largest, peak = weights[:, keep], shapes[:, keep], largest[keep], peak[keep]
-    shape_step = np.maximum(2 * _SHAPE_ERROR / np.maximum(largest, 1e-30), peak / 32767)
     weight_unit = largest / 32767
-    quantised_shapes = np.round(shapes / shape_step).astype(np.int16)
     quantised_weights = np.round(weights / weight_unit).astype(np.int16)
-    unit = shape_step * weight_unit  # metres per (unit of weight x unit of shape)
 
-    def error(count: int, frames: np.ndarray | slice) -> float:
-        both = np.concatenate([centred[frames], -quantised_weights[frames, :count] * unit[:count]], axis=1).astype(np.float32)
-        worst = 0.0
-        shown = np.concatenate([basis, quantised_shapes[:, :count]], axis=1).astype(np.float32).T
-        for start in range(0, len(both), 256):
-            off = (both[start:start + 256] @ shown + base_error.astype(np.float32)).reshape(-1, 3)
-            worst = max(worst, float(np.einsum("ij,ij->i", off, off).max(initial=0)))
-        return worst ** 0.5
+    def packed(allowed: float) -> tuple[np.ndarray, np.ndarray, float]:
+        """Shapes rounded to within `allowed` metres at their largest weights, as few as do; their units; the error."""
+        shape_step = np.maximum(2 * allowed / largest, peak / 32767)
+        quantised = np.round(shapes / shape_step).astype(np.int16)
+        unit = shape_step * weight_unit  # metres per (unit of weight x unit of shape)
 
-    probe = np.unique(np.linspace(0, animation.frames - 1, min(animation.frames, _PROBE)).astype(int))
-    low, high = 0, shapes.shape[1]
-    while low < high:  # the error falls with the number of shapes, nearly always
-        middle_count = (low + high) // 2
-        low, high = (low, middle_count) if error(middle_count, probe) <= ERROR else (middle_count + 1, high)
-    reached = error(low, slice(None))
-    while reached > ERROR and low < shapes.shape[1]:
-        low += 1
+        def error(count: int, frames: np.ndarray | slice) -> float:
+            left = np.concatenate([centred[frames], -quantised_weights[frames, :count] * unit[:count]], 1).astype(np.float32)
+            right = np.concatenate([basis, quantised[:, :count]], axis=1).astype(np.float32).T
+            worst = 0.0
+            for start in range(0, len(left), 256):
+                off = (left[start:start + 256] @ right + base_error.astype(np.float32)).reshape(-1, 3)
+                worst = max(worst, float(np.einsum("ij,ij->i", off, off).max(initial=0)))
+            return worst ** 0.5
+
+        probe = np.unique(np.linspace(0, animation.frames - 1, min(animation.frames, _PROBE)).astype(int))
+        low, high = 0, shapes.shape[1]
+        while low < high:  # the error falls with the number of shapes, nearly always
+            half = (low + high) // 2
+            low, high = (low, half) if error(half, probe) <= ERROR else (half + 1, high)
         reached = error(low, slice(None))
-    return base, quantised_shapes[:, :low], quantised_weights[:, :low], list(1000 * unit[:low]), reached
+        while reached > ERROR and low < shapes.shape[1]:
+            low += 1
+            reached = error(low, slice(None))
+        return quantised[:, :low], unit[:low], reached
+
+    for allowed in _SHAPE_ERROR:
+        kept, unit, reached = packed(allowed)
+        if reached <= ERROR:
+            break
+    count = kept.shape[1]
+    return base, kept, quantised_weights[:, :count], list(1000 * unit), reached
 
 
 def _opening(animation: Animation) -> np.ndarray | None:
@@ -258,36 +271,50 @@ def _ambient_light(vertices: np.ndarray, faces: np.ndarray, directions: int = 96
     For each direction the surface, as a cloud of points, is projected onto a grid that keeps the nearest; a vertex is lit
     if nothing is much nearer in its cell. Coarse, but smoothed over the mesh it is what tells a nostril from a cheek.
     """
-    if len(faces) == 0:
-        return np.ones(len(vertices))
     corners = vertices[faces]
     cross = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     normals = np.stack([np.bincount(faces.reshape(-1), np.repeat(cross[:, i], 3), len(vertices)) for i in range(3)], 1)
     normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-30)
-    inside = np.array([[1, 1, 1], [4, 1, 1], [1, 4, 1], [1, 1, 4]]) / np.array([[3], [6], [6], [6]])
-    cloud = np.concatenate([vertices, np.einsum("pk,fkx->fpx", inside, corners).reshape(-1, 3)])
     size = float(np.ptp(vertices, axis=0).max())
-    cell, bias = size / 90, size / 70
-    raised = vertices + normals * (0.5 * bias)
+    cell, bias = size / 64, size / 64
+    cloud = _cloud(corners, 0.9 * cell).astype(np.float32)
+    raised = (vertices + normals * (0.5 * bias)).astype(np.float32)
     seen, possible = np.zeros(len(vertices)), np.full(len(vertices), 1e-9)
-    for i in range(directions):  # a spiral of evenly spread directions over the sphere
-        height = 1 - 2 * (i + 0.5) / directions
+    for i in range(directions // 2):  # a spiral of evenly spread directions over half the sphere, and their opposites
+        height = (i + 0.5) / (directions // 2)
         angle, ring = i * np.pi * (3 - 5 ** 0.5), (1 - height * height) ** 0.5
         toward = np.array([ring * np.cos(angle), height, ring * np.sin(angle)])
-        side = np.cross(toward, [0, 1, 0] if abs(height) < 0.9 else [1, 0, 0])
+        side = np.cross(toward, [0, 1, 0] if height < 0.9 else [1, 0, 0])
         side /= np.linalg.norm(side)
-        up = np.cross(toward, side)
-        plane = np.stack([side, up], axis=1)
-        corner = (cloud @ plane).min(axis=0) - 2 * cell
-        width = int(np.ceil((np.ptp(cloud @ plane, axis=0) / cell).max())) + 5
-        nearest = np.full(width * width, -np.inf)
-        where = ((cloud @ plane - corner) / cell).astype(np.int64)
-        np.maximum.at(nearest, where[:, 0] * width + where[:, 1], cloud @ toward)
-        mine = ((raised @ plane - corner) / cell).astype(np.int64)
-        cosine = np.maximum(normals @ toward, 0)
-        seen += cosine * (nearest[mine[:, 0] * width + mine[:, 1]] <= raised @ toward + bias)
-        possible += cosine
+        frame = np.stack([side / cell, np.cross(toward, side) / cell, toward], axis=1).astype(np.float32)
+        # einsum: a BLAS library starts all its threads for this, and takes ten times as long
+        points, mine = (np.einsum("ni,ij->nj", x, frame) for x in (cloud, raised))
+        corner = points[:, :2].min(axis=0) - 2
+        width = int(np.ptp(points[:, :2], axis=0).max()) + 6
+        cells = (points[:, :2] - corner).astype(np.intp)
+        cells = cells[:, 0] * width + cells[:, 1]
+        here = np.clip((mine[:, :2] - corner).astype(np.intp), 0, width - 1)
+        here = here[:, 0] * width + here[:, 1]
+        for sign in (1, -1):
+            nearest = np.full(width * width, -np.inf, np.float32)
+            np.maximum.at(nearest, cells, sign * points[:, 2])
+            cosine = np.maximum(normals @ (sign * toward), 0)
+            seen += cosine * (nearest[here] <= sign * mine[:, 2] + bias)
+            possible += cosine
     return np.clip(_diffuse((seen / possible)[:, None], faces, 0.6, 2)[:, 0], 0, 1)
+
+
+def _cloud(corners: np.ndarray, spacing: float) -> np.ndarray:
+    """(n, 3): points on triangles (F, 3, 3), at most `spacing` apart along their edges (or 64 to an edge)."""
+    longest = np.linalg.norm(corners - np.roll(corners, 1, axis=1), axis=-1).max(axis=1)
+    parts = np.clip(np.ceil(longest / spacing), 1, 64).astype(int)
+    points = []
+    for count in np.unique(parts):
+        i, j = np.meshgrid(np.arange(count + 1), np.arange(count + 1), indexing="ij")
+        i, j = i[i + j <= count], j[i + j <= count]
+        shares = np.stack([i, j, count - i - j], axis=1) / count
+        points.append(np.einsum("pk,fkx->fpx", shares, corners[parts == count]).reshape(-1, 3))
+    return np.concatenate(points)
 
 
 def _mouth_light(light: np.ndarray, rest: np.ndarray, part: np.ndarray | None) -> np.ndarray:
@@ -302,7 +329,7 @@ def _mouth_light(light: np.ndarray, rest: np.ndarray, part: np.ndarray | None) -
 def _framing(rest: np.ndarray, faces: np.ndarray, eyes: list[float] | None) -> list[float]:
     """Middle of the view (x, y, z) and half of its width and height, millimetres: from the crown to the neck where the eyes
     are known, else the whole mesh; with a margin."""
-    used = rest[np.unique(faces)] if len(faces) else rest
+    used = rest[np.unique(faces)]
     low, high = used.min(axis=0), used.max(axis=0)
     if eyes is not None:
         left, right = np.array(eyes[:3]), np.array(eyes[4:7])

@@ -411,6 +411,7 @@ async function main() {
   addEventListener("hashchange", hash);
   hash();
   show();
+  window.viewer = { face, stage, clock, show }; // for whoever scripts the page
   document.documentElement.dataset.ready = "yes";
 }
 
