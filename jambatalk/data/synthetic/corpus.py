@@ -217,6 +217,8 @@ def _write(folder: Path, people: list[Identity], tasks: list, made: list, head, 
         moved = head.pose(weights, templates[name])
         vertices[row:row + len(moved)] = moved
         index[name][sequence] = {i: row + i for i in range(len(moved))}
+        # An array from another process has a dtype object of its own, which a pickle would show in its bytes.
+        samples = np.frombuffer(samples.tobytes(), np.int16).copy()
         audio[name][sequence] = {"audio": samples, "sample_rate": SAMPLE_RATE}
         phones[name][sequence] = [[phone, round(start, 5), round(end, 5)] for phone, start, end in spans]
         texts[name][sequence] = text
