@@ -84,6 +84,7 @@ class BuildNative(build_ext):
         extra = shlex.split(os.environ.get("JAMBATALK_CXXFLAGS", ""))
         flags = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
         flags += ["-fno-trapping-math", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
+        flags += [f"-ffile-prefix-map={ROOT.resolve()}/="]  # no path of the building machine in error messages
         macros = [
             ("TORCH_TARGET_VERSION", "0x020b000000000000ULL"),  # the oldest torch that it runs on: 2.11
             ("Py_LIMITED_API", "0x030A0000"),

@@ -134,13 +134,13 @@ void conv_backward(const ConvCall& call, int64_t task_begin, int64_t task_end) {
             dpre[t] *= gate * (L::splat(1) + dx[t] * (L::splat(1) - gate));
           }
         }
-        V sum = dbias[b];
+        V sum = {};
         for (int64_t t = 0; t < count; ++t) sum += dpre[t];
-        dbias[b] = sum;
+        dbias[b] += sum;
         for (int64_t k = 0; k < width; ++k) {
-          V total = dweight[b * width + k];
+          V total = {};
           for (int64_t t = 0; t < count; ++t) total += dpre[t] * x[t + k];
-          dweight[b * width + k] = total;
+          dweight[b * width + k] += total;
         }
         for (int64_t r = 0; r < history; ++r) dpre[count + r] = later[r];
 
@@ -190,18 +190,16 @@ void conv_step(const ConvStepCall& call, int64_t task_begin, int64_t task_end) {
   for (int64_t task = task_begin; task < task_end; ++task) {
     const int64_t batch = task / call.groups, group_begin = task % call.groups * call.group_channels;
     const int64_t group_end = smaller(group_begin + call.group_channels, call.channels);
-    const Array x_row{call.x.data, call.x.dtype, {call.x.stride[0], 0, call.x.stride[1]}};
-    const Array y_row{call.y.data, call.y.dtype, {call.y.stride[0], 0, call.y.stride[1]}};
     for (int64_t c = group_begin; c < group_end; c += L::W) {
       const int valid = int(smaller(L::W, group_end - c));
       load_transposed<L>(weight, call.weight, 0, c, width, valid);
       load_rows<L>(rows, call.state, batch, 0, history, c, valid);
-      load_rows<L>(rows + history, x_row, batch, 0, 1, c, valid);
+      load_rows<L>(rows + history, call.x, 0, batch, 1, c, valid);
       V y = load_channels<L>(call.bias, c, valid);
       for (int64_t k = 0; k < width; ++k) y += weight[k] * rows[k];
       if (call.silu) y = silu<L>(y);
       store_rows<L>(rows + 1, call.state, batch, 0, history, c, valid);
-      store_rows<L>(&y, y_row, batch, 0, 1, c, valid);
+      store_rows<L>(&y, call.y, 0, batch, 1, c, valid);
     }
   }
 }

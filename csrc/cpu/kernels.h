@@ -10,7 +10,8 @@ namespace jambatalk {
 
 enum class Dtype : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-// A tensor of up to three dimensions, by strides in elements; absent when data is null.
+// A tensor of up to three dimensions, by strides in elements; with fewer dimensions, those are the last ones and the
+// strides before them are 0. Absent when data is null.
 struct Array {
   void* data = nullptr;
   Dtype dtype = Dtype::kFloat32;

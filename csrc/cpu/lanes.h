@@ -218,8 +218,7 @@ void load_matrix(T* flat, const Array& array, int64_t i, int64_t j0, int64_t row
 template <class L>
 typename L::V load_channels(const Array& array, int64_t c0, int valid) {
   typename L::V value;
-  const Array as_row{array.data, array.dtype, {0, 0, array.stride[0]}};
-  load_rows<L>(&value, as_row, 0, 0, 1, c0, valid);
+  load_rows<L>(&value, array, 0, 0, 1, c0, valid);
   return value;
 }
 

@@ -100,9 +100,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const ScalarType type = compute_type(u);
   call.grad_y = as_array("grad_y", grad_y, {b, l, c});
   call.grad_final_state = as_array("grad_final_state", grad_final_state, {sequences, c, n});
-  const Array saved = as_array("chunk_states", chunk_states, {b, (l + call.chunk - 1) / call.chunk, n, padded_channels(c)});
-  STD_TORCH_CHECK(chunk_states.scalar_type() == type && chunk_states.is_contiguous(), "chunk_states: as saved by forward");
-  call.chunk_states = saved.data;
+  STD_TORCH_CHECK(chunk_states.scalar_type() == type && chunk_states.is_contiguous() &&
+                      chunk_states.numel() == b * ((l + call.chunk - 1) / call.chunk) * n * padded_channels(c),
+                  "chunk_states: expected what forward saved");
+  call.chunk_states = const_cast<void*>(chunk_states.const_data_ptr());
 
   Tensor du = new_tensor(u.scalar_type(), {b, l, c}), ddelta = new_tensor(delta.scalar_type(), {b, l, c});
   Tensor dz = new_gradient(z, type, {b, l, c});

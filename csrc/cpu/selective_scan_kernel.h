@@ -152,7 +152,7 @@ void scan_tile_backward(const typename L::V* delta, const typename L::V* drive, 
     }
   }
   V future[S], d_rate[S];
-  for (int s = 0; s < S; ++s) future[s] = carry[s], d_rate[s] = dA[s];
+  for (int s = 0; s < S; ++s) future[s] = carry[s], d_rate[s] = V{};
   for (int64_t t = count - 1; t >= 0; --t) {
     const V d = delta[t], x = drive[t], grad_y = dy[t];
     V to_drive = d_drive[t], to_decay = d_log_decay[t];
@@ -170,7 +170,7 @@ void scan_tile_backward(const typename L::V* delta, const typename L::V* drive, 
     d_drive[t] = to_drive;
     d_log_decay[t] = to_decay;
   }
-  for (int s = 0; s < S; ++s) carry[s] = future[s], dA[s] = d_rate[s];
+  for (int s = 0; s < S; ++s) carry[s] = future[s], dA[s] += d_rate[s];
 }
 
 template <class L>
@@ -236,11 +236,12 @@ void scan_backward(const ScanCall& call, int64_t task_begin, int64_t task_end) {
           scan_tile_backward<L, S>(delta, drive, dy, B + n, C + n, N, count, A + k * N + n, h + n, carry + k * N + n, y,
                                    d_drive, d_log_decay, dA + k * N + n, sum_B + n, sum_C + n, decays, history);
         });
+        V piece_bias = {}, piece_D = {};  // summed by piece first: less rounding than one long sum
         for (int64_t t = 0; t < count; ++t) {
           const V ddelta = d_drive[t] * u[t] + d_log_decay[t] * L::splat(MathConstants<T>::kLn2);
           const V draw = call.softplus ? ddelta * softplus_slope<L>(raw[t]) : ddelta;
-          dbias[k] += draw;
-          dD[k] += dy[t] * u[t];
+          piece_bias += draw;
+          piece_D += dy[t] * u[t];
           if (call.z.data != nullptr) {
             const V gate = sigmoid<L>(z[t]);
             z[t] = grad_y[t] * y[t] * gate * (L::splat(1) + z[t] * (L::splat(1) - gate));
@@ -248,6 +249,8 @@ void scan_backward(const ScanCall& call, int64_t task_begin, int64_t task_end) {
           raw[t] = draw;
           u[t] = d_drive[t] * delta[t] + D[k] * dy[t];
         }
+        dbias[k] += piece_bias;
+        dD[k] += piece_D;
         store_rows<L>(u, call.du, batch, piece.begin, count, c, valid);
         store_rows<L>(raw, call.ddelta, batch, piece.begin, count, c, valid);
         store_rows<L>(z, call.dz, batch, piece.begin, count, c, valid);
@@ -292,20 +295,17 @@ void scan_step(const ScanStepCall& call, int64_t task_begin, int64_t task_end) {
   // Where memory already holds such vectors, they are used in place.
   const bool direct = kSame<T, float> == (call.state.dtype == Dtype::kFloat32) && call.state.dtype == call.A.dtype &&
                       (call.state.dtype == Dtype::kFloat32 || call.state.dtype == Dtype::kFloat64) &&
-                      call.state.stride[2] == 1 && call.A.stride[1] == 1 && N % L::W == 0;
+                      call.state.stride[2] == 1 && call.A.stride[2] == 1 && N % L::W == 0;
   for (int64_t task = task_begin; task < task_end; ++task) {
     const int64_t batch = task / call.groups, group_begin = task % call.groups * call.group_channels;
     const int64_t group_end = smaller(group_begin + call.group_channels, call.channels);
-    const Array B_row{call.B.data, call.B.dtype, {call.B.stride[0], 0, call.B.stride[1]}};
-    const Array C_row{call.C.data, call.C.dtype, {call.C.stride[0], 0, call.C.stride[1]}};
-    load_states(B, B_row, batch, 0);
-    load_states(C, C_row, batch, 0);
+    load_states(B, call.B, 0, batch);
+    load_states(C, call.C, 0, batch);
     for (int64_t c = group_begin; c < group_end; c += L::W) {
       const int valid = int(smaller(L::W, group_end - c));
       const auto load_channel_row = [&](const Array& array) {
-        const Array row{array.data, array.dtype, {array.stride[0], 0, array.stride[1]}};
         V value;
-        load_rows<L>(&value, row, batch, 0, 1, c, valid);
+        load_rows<L>(&value, array, 0, batch, 1, c, valid);
         return value;
       };
       const V u = load_channel_row(call.u);
@@ -318,15 +318,14 @@ void scan_step(const ScanStepCall& call, int64_t task_begin, int64_t task_end) {
         V sum = {};
         if (direct) {
           T* state = (T*)call.state.data + batch * call.state.stride[0] + (c + lane) * call.state.stride[1];
-          const T* rate = (const T*)call.A.data + (c + lane) * call.A.stride[0];
+          const T* rate = (const T*)call.A.data + (c + lane) * call.A.stride[1];
           for (int64_t v = 0; v < vectors; ++v) {
             const V next = exp2<L>(log_rate * L::load(rate + v * L::W)) * L::load(state + v * L::W) + x * B[v];
             sum += next * C[v];
             L::store(state + v * L::W, next);
           }
         } else {
-          const Array A_rows{call.A.data, call.A.dtype, {0, call.A.stride[0], call.A.stride[1]}};
-          load_states(A, A_rows, 0, c + lane);
+          load_states(A, call.A, 0, c + lane);
           load_states(h, call.state, batch, c + lane);
           for (int64_t v = 0; v < vectors; ++v) {
             h[v] = exp2<L>(log_rate * A[v]) * h[v] + x * B[v];
@@ -337,8 +336,7 @@ void scan_step(const ScanStepCall& call, int64_t task_begin, int64_t task_end) {
         y[lane] += L::sum(sum);
       }
       if (call.z.data != nullptr) y *= silu<L>(load_channel_row(call.z));
-      const Array y_row{call.y.data, call.y.dtype, {call.y.stride[0], 0, call.y.stride[1]}};
-      store_rows<L>(&y, y_row, batch, 0, 1, c, valid);
+      store_rows<L>(&y, call.y, 0, batch, 1, c, valid);
     }
   }
 }

@@ -45,10 +45,12 @@ inline Array as_array(const char* name, const Tensor& tensor, std::initializer_l
   STD_TORCH_CHECK(shape.size() == sizes.size(), name, ": expected ", sizes.size(), " dimensions, got ", shape.size());
   Array array;
   array.dtype = memory_type(name, tensor);
+  STD_TORCH_CHECK(sizes.size() <= 3, name, ": at most three dimensions");
+  const size_t missing = 3 - sizes.size();
   size_t i = 0;
   for (int64_t size : sizes) {
     STD_TORCH_CHECK(shape[i] == size, name, ": expected size ", size, " in dimension ", i, ", got ", shape[i]);
-    array.stride[i] = strides[i];
+    array.stride[missing + i] = strides[i];
     ++i;
   }
   array.data = const_cast<void*>(tensor.const_data_ptr());
