@@ -7,8 +7,8 @@ import json
 import sys
 
 DESCRIPTION = """\
-Make a synthetic talking-face corpus in the layout of the VOCASET release: speech from text-to-speech engines, a face that
-moves with it. Twelve identities with forty sentences each are about 7 GB. The same arguments give the same bytes.
+Make a synthetic talking-face corpus in the layout of the VOCASET release: speech from text-to-speech engines, a face
+that moves with it. Twelve identities with forty sentences each are about 7 GB. The same arguments give the same bytes.
 Needs: pip install 'jambatalk[synthetic]' and Debian's flite (apt-get install flite)."""
 
 

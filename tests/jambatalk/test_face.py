@@ -157,7 +157,8 @@ def test_shapes_share_everything_but_the_template(head):
 def test_pose_is_linear_and_checks_its_weights(head):
     assert np.array_equal(head.pose(np.zeros((2, 52))), np.stack([head.template] * 2))
     one = head.pose(weights(jawOpen=.3, mouthPucker=.5))[0]
-    np.testing.assert_allclose(one, head.template + .3 * head.units["jawOpen"] + .5 * head.units["mouthPucker"], atol=1e-7)
+    expected = head.template + .3 * head.units["jawOpen"] + .5 * head.units["mouthPucker"]
+    np.testing.assert_allclose(one, expected, atol=1e-7)
     with pytest.raises(ValueError, match="weights"):
         head.pose(np.zeros((2, 51)))
 

@@ -45,33 +45,59 @@ class Style:
     blinks: float = 16.0            # a minute
 
 
-# Targets: opening (1 = WIDEST), pucker, funnel, spread (stretch), smile, bare (teeth). Then the dominance of the opening
-# and of the lip shape. Diphthongs are two targets in a row.
-_T = {
-    "AA": [(.95, 0, 0, .05, 0, 0, 1, .5)], "AE": [(.85, 0, 0, .30, .10, .1, 1, .6)], "AH": [(.60, 0, 0, .05, 0, 0, .8, .3)],
-    "AO": [(.82, .20, .35, 0, 0, 0, 1, .8)], "EH": [(.64, 0, 0, .25, .05, .05, 1, .5)],
-    "ER": [(.42, .15, .40, 0, 0, 0, .9, .8)], "IH": [(.46, 0, 0, .25, .05, .1, .8, .4)],
-    "IY": [(.34, 0, 0, .55, .15, .15, .9, .8)], "UH": [(.42, .40, .25, 0, 0, 0, .8, .8)],
-    "UW": [(.24, .75, .25, 0, 0, 0, .9, 1)],
-    "AW": [(.92, 0, .05, .1, 0, 0, 1, .5), (.36, .60, .25, 0, 0, 0, .8, .9)],
-    "AY": [(.95, 0, 0, .1, 0, 0, 1, .5), (.42, 0, 0, .45, .1, .1, .8, .6)],
-    "EY": [(.66, 0, 0, .30, .05, .05, 1, .6), (.36, 0, 0, .50, .15, .1, .8, .7)],
-    "OW": [(.70, .30, .30, 0, 0, 0, 1, .9), (.30, .70, .25, 0, 0, 0, .8, 1)],
-    "OY": [(.78, .30, .35, 0, 0, 0, 1, .9), (.42, 0, 0, .40, .1, .1, .8, .6)],
-    "W": [(.14, .85, .20, 0, 0, 0, .9, 1)], "R": [(.30, .20, .45, 0, 0, 0, .6, .7)],
-    "Y": [(.30, 0, 0, .35, .05, .05, .6, .5)], "L": [(.42, 0, 0, .10, 0, .1, .5, .2)],
-    "HH": [(.50, 0, 0, 0, 0, 0, .15, .05)],
-    "T": [(.26, 0, 0, .12, 0, .25, .5, .2)], "D": [(.28, 0, 0, .12, 0, .2, .5, .2)],
-    "N": [(.30, 0, 0, .10, 0, .15, .5, .2)], "K": [(.38, 0, 0, .10, 0, .05, .4, .15)],
-    "G": [(.38, 0, 0, .08, 0, .05, .4, .15)], "NG": [(.36, 0, 0, .10, 0, .05, .4, .15)],
-    "S": [(.20, 0, 0, .35, .05, .45, .9, .6)], "Z": [(.21, 0, 0, .32, .05, .4, .9, .6)],
-    "SH": [(.24, .15, .65, 0, 0, .25, .9, 1)], "ZH": [(.24, .15, .6, 0, 0, .25, .9, 1)],
-    "CH": [(.24, .15, .6, 0, 0, .25, .9, .9)], "JH": [(.25, .15, .55, 0, 0, .25, .9, .9)],
-    "TH": [(.27, 0, 0, .12, 0, .2, .7, .3)], "DH": [(.27, 0, 0, .10, 0, .15, .5, .2)],
-    "F": [(.10, 0, 0, .12, 0, .1, .7, .5)], "V": [(.10, 0, 0, .10, 0, .1, .7, .5)],
-    "P": [(.22, 0, 0, 0, 0, 0, .35, .15)], "B": [(.22, 0, 0, 0, 0, 0, .35, .15)], "M": [(.20, 0, 0, 0, 0, 0, .35, .15)],
-}
-_CLOSED_UNTIL = {"P": .72, "B": .85, "M": 1.0}      # share of the span after which the lips part (p and b end in a burst)
+# What each phone asks for; a diphthong asks for two things in a row. Opening is a share of WIDEST, the others are unit
+# weights. The last two columns are dominances, 1 being a sound that gets its way.
+_TARGETS = """
+phone  open pucker funnel spread smile  teeth  of the opening, of the lip shape
+AA    0.95   0.00   0.00   0.05   0.00   0.00   1.00   0.50
+AE    0.85   0.00   0.00   0.30   0.10   0.10   1.00   0.60
+AH    0.60   0.00   0.00   0.05   0.00   0.00   0.80   0.30
+AO    0.82   0.20   0.35   0.00   0.00   0.00   1.00   0.80
+EH    0.64   0.00   0.00   0.25   0.05   0.05   1.00   0.50
+ER    0.42   0.15   0.40   0.00   0.00   0.00   0.90   0.80
+IH    0.46   0.00   0.00   0.25   0.05   0.10   0.80   0.40
+IY    0.34   0.00   0.00   0.55   0.15   0.15   0.90   0.80
+UH    0.42   0.40   0.25   0.00   0.00   0.00   0.80   0.80
+UW    0.24   0.75   0.25   0.00   0.00   0.00   0.90   1.00
+AW    0.92   0.00   0.05   0.10   0.00   0.00   1.00   0.50
+AW    0.36   0.60   0.25   0.00   0.00   0.00   0.80   0.90
+AY    0.95   0.00   0.00   0.10   0.00   0.00   1.00   0.50
+AY    0.42   0.00   0.00   0.45   0.10   0.10   0.80   0.60
+EY    0.66   0.00   0.00   0.30   0.05   0.05   1.00   0.60
+EY    0.36   0.00   0.00   0.50   0.15   0.10   0.80   0.70
+OW    0.70   0.30   0.30   0.00   0.00   0.00   1.00   0.90
+OW    0.30   0.70   0.25   0.00   0.00   0.00   0.80   1.00
+OY    0.78   0.30   0.35   0.00   0.00   0.00   1.00   0.90
+OY    0.42   0.00   0.00   0.40   0.10   0.10   0.80   0.60
+W     0.14   0.85   0.20   0.00   0.00   0.00   0.90   1.00
+R     0.30   0.20   0.45   0.00   0.00   0.00   0.60   0.70
+Y     0.30   0.00   0.00   0.35   0.05   0.05   0.60   0.50
+L     0.42   0.00   0.00   0.10   0.00   0.10   0.50   0.20
+HH    0.50   0.00   0.00   0.00   0.00   0.00   0.15   0.05
+T     0.26   0.00   0.00   0.12   0.00   0.25   0.50   0.20
+D     0.28   0.00   0.00   0.12   0.00   0.20   0.50   0.20
+N     0.30   0.00   0.00   0.10   0.00   0.15   0.50   0.20
+K     0.38   0.00   0.00   0.10   0.00   0.05   0.40   0.15
+G     0.38   0.00   0.00   0.08   0.00   0.05   0.40   0.15
+NG    0.36   0.00   0.00   0.10   0.00   0.05   0.40   0.15
+S     0.20   0.00   0.00   0.35   0.05   0.45   0.90   0.60
+Z     0.21   0.00   0.00   0.32   0.05   0.40   0.90   0.60
+SH    0.24   0.15   0.65   0.00   0.00   0.25   0.90   1.00
+ZH    0.24   0.15   0.60   0.00   0.00   0.25   0.90   1.00
+CH    0.24   0.15   0.60   0.00   0.00   0.25   0.90   0.90
+JH    0.25   0.15   0.55   0.00   0.00   0.25   0.90   0.90
+TH    0.27   0.00   0.00   0.12   0.00   0.20   0.70   0.30
+DH    0.27   0.00   0.00   0.10   0.00   0.15   0.50   0.20
+F     0.10   0.00   0.00   0.12   0.00   0.10   0.70   0.50
+V     0.10   0.00   0.00   0.10   0.00   0.10   0.70   0.50
+P     0.22   0.00   0.00   0.00   0.00   0.00   0.35   0.15
+B     0.22   0.00   0.00   0.00   0.00   0.00   0.35   0.15
+M     0.20   0.00   0.00   0.00   0.00   0.00   0.35   0.15
+"""
+_T: dict[str, list[tuple[float, ...]]] = {}
+for _phone, *_values in map(str.split, _TARGETS.strip().splitlines()[1:]):
+    _T.setdefault(_phone, []).append(tuple(map(float, _values)))
+_CLOSED_UNTIL = {"P": .72, "B": .85, "M": 1.0}      # share of the span after which the lips part: p, b burst
 
 
 def loudness(samples: np.ndarray, rate: float, times: np.ndarray) -> np.ndarray:
@@ -92,8 +118,8 @@ def articulate(phones: list[Phone], samples: np.ndarray, rate: float, frames: in
                rng: np.random.Generator) -> np.ndarray:
     """ARKit weights (frames, 52) float32 for speech; frame i shows the time i / fps.
 
-    phones: abutting spans in seconds; samples (n,) float mono at `rate` Hz, the same clip; `rng` makes blinks and the idle
-    motion of the brows. The lip gap of the result is that of the template in pauses and less than that in p, b and m.
+    phones: abutting spans in seconds; samples (n,) float mono at `rate` Hz, the same clip; `rng` makes blinks and the
+    idle motion of the brows. The lip gap of the result is that of the template in pauses, and less in p, b and m.
     """
     fine = fps * _OVERSAMPLE
     times = np.arange(frames * _OVERSAMPLE) / fine
@@ -150,8 +176,8 @@ def _ramp(x: np.ndarray) -> np.ndarray:
 
 
 def _speaking(phones: list[Phone], times: np.ndarray, before: float, inside: float, linger: float) -> np.ndarray:
-    """1 while someone speaks, 0 in pauses; rises from `before` s ahead of the first sound to `inside` s after its start,
-    and falls around the last sound's end until `linger` s after it. Pauses shorter than that do not count."""
+    """1 while someone speaks, 0 in pauses; rises from `before` s ahead of the first sound to `inside` s after its
+    start, and falls around the last sound's end until `linger` s after it. Pauses shorter than that do not count."""
     value = np.zeros(len(times))
     runs: list[list[float]] = []
     for name, start, end in phones:
@@ -174,14 +200,16 @@ def _audible(loud: np.ndarray, fine: int) -> np.ndarray:
     return gaussian_filter1d(_ramp((recent - .03) / .12), .012 * fine, mode="nearest")
 
 
-def _contact(phones: list[Phone], times: np.ndarray, until: dict[str, float], approach: float, release: float) -> np.ndarray:
+def _contact(phones: list[Phone], times: np.ndarray, until: dict[str, float], approach: float,
+             release: float) -> np.ndarray:
     """1 during the given phones (up to a share of their span), approached and released smoothly outside of it."""
     value = np.zeros(len(times))
     for name, start, end in phones:
         if name in until:
             hold = max(start + until[name] * (end - start), start + .035)      # at least two frames long
             meet = start - .01                                        # lips meet a little before the sound stops
-            value = np.maximum(value, _ramp((times - meet + approach) / approach) * _ramp((hold + release - times) / release))
+            nearing, parting = _ramp((times - meet + approach) / approach), _ramp((hold + release - times) / release)
+            value = np.maximum(value, nearing * parting)
     return value
 
 

@@ -78,8 +78,8 @@ def write_corpus(out: str | Path, identities: int = 12, sentences: int = 40, see
 
 
 def split(people: list[Identity], sentences: int) -> dict:
-    """Subjects of train, val and test, and the sequences of each: 8 / 2 / 2 of twelve, in proportion for other numbers, at
-    least one held out (two people: the other one is both val and test). Held-out people use their second half."""
+    """Subjects of train, val and test, and the sequences of each: 8 / 2 / 2 of twelve, in proportion for other numbers,
+    at least one held out (two people: the other one is both val and test). Held-out people use their second half."""
     names = [person.name for person in people]
     held = max(len(names) // 6, 1)
     if len(names) == 2:
@@ -130,7 +130,7 @@ def _make(task: tuple[Identity, bool, int, int, int]) -> tuple[str, np.ndarray, 
 
 def _pace(samples: np.ndarray, phones: list[Phone], rng: np.random.Generator) -> tuple[np.ndarray, list[Phone]]:
     """Silence of random length before, after and, for one pause in two, within the speech."""
-    keep = .06                                          # of an engine's own pause: breath and reverberation belong there
+    keep = .06                                      # of an engine's own pause: breath and reverberation belong there
     pieces, spans, clock = [], [], 0.0
     last = len(phones) - 1
     for i, (name, start, end) in enumerate(phones):
@@ -171,7 +171,7 @@ def _record(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.round(np.clip(mixed + noise, -1, 1) * 32767).astype(np.int16)
 
 
-# ------------------------------------------------------------------------------------------------------------ the folder
+# ----------------------------------------------------------------------------------------------------------- the folder
 
 def _each(function, tasks: list, jobs: int) -> Iterator:
     """function(task) for every task, in order, by `jobs` processes."""

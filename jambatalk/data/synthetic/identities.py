@@ -107,7 +107,8 @@ def _someone(rng: np.random.Generator) -> tuple[_Body, Voice, Style]:
     ancestry = rng.dirichlet([.6, .6, .6])
     body = _Body(male, float(rng.uniform(0, .7)), tuple(ancestry.tolist()), float(rng.uniform(-.5, .5)))
     if rng.random() < .5:
-        voice = Voice("hibari", "heart", float(rng.uniform(.85, 1.2)), float(rng.uniform(.84, .93) if male else rng.uniform(.95, 1.1)))
+        pitch = rng.uniform(.84, .93) if male else rng.uniform(.95, 1.1)
+        voice = Voice("hibari", "heart", float(rng.uniform(.85, 1.2)), float(pitch))
     else:
         name = FLITE_VOICES[int(rng.integers(1, 4))] if male else "slt"
         voice = Voice("flite", name, float(rng.uniform(.9, 1.15)), float(rng.uniform(.92, 1.1)))

@@ -11,15 +11,19 @@ PHONES = VOWELS | CONSONANTS | {"SIL"}
 BILABIALS = frozenset("PBM")
 
 # flite writes lower-case ARPAbet and a few symbols more.
-_FLITE = {"pau": "SIL", "ax": "AH", "axr": "ER", "ix": "IH", "dx": "T", "el": "L", "em": "M", "en": "N", "nx": "N", "hv": "HH"}
+_FLITE = {
+    "pau": "SIL", "ax": "AH", "axr": "ER", "ix": "IH", "dx": "T", "el": "L", "em": "M", "en": "N", "nx": "N",
+    "hv": "HH",
+}
 
 # hibari writes the phonemes of its teacher, where capitals are diphthongs.
 _HIBARI = {
-    "A": "EY", "I": "AY", "O": "OW", "W": "AW", "Y": "OY", "Q": "OW", "T": "T", "a": "AE", "æ": "AE", "ɑ": "AA", "ɒ": "AA",
-    "ɔ": "AO", "ə": "AH", "ɐ": "AH", "ᵊ": "AH", "ʌ": "AH", "ɛ": "EH", "e": "EH", "ɜ": "ER", "ɚ": "ER", "ɪ": "IH", "ᵻ": "IH",
-    "i": "IY", "ʊ": "UH", "u": "UW", "o": "OW", "b": "B", "d": "D", "f": "F", "ɡ": "G", "h": "HH", "j": "Y", "k": "K",
-    "l": "L", "m": "M", "n": "N", "ŋ": "NG", "p": "P", "ɹ": "R", "r": "R", "ɾ": "T", "s": "S", "ʃ": "SH", "t": "T", "ð": "DH",
-    "θ": "TH", "v": "V", "w": "W", "z": "Z", "ʒ": "ZH", "ʧ": "CH", "ʤ": "JH", "ʔ": "T", "x": "K",
+    "A": "EY", "I": "AY", "O": "OW", "W": "AW", "Y": "OY", "Q": "OW", "a": "AE", "æ": "AE", "ɑ": "AA", "ɒ": "AA",
+    "ɔ": "AO", "ə": "AH", "ɐ": "AH", "ᵊ": "AH", "ʌ": "AH", "ɛ": "EH", "e": "EH", "ɜ": "ER", "ɚ": "ER", "ɪ": "IH",
+    "ᵻ": "IH", "i": "IY", "ʊ": "UH", "u": "UW", "o": "OW", "b": "B", "d": "D", "f": "F", "ɡ": "G", "h": "HH", "j": "Y",
+    "k": "K", "l": "L", "m": "M", "n": "N", "ŋ": "NG", "p": "P", "ɹ": "R", "r": "R", "ɾ": "T", "s": "S", "ʃ": "SH",
+    "t": "T", "T": "T", "ʔ": "T", "ð": "DH", "θ": "TH", "v": "V", "w": "W", "z": "Z", "ʒ": "ZH", "ʧ": "CH", "ʤ": "JH",
+    "x": "K",
 }
 _BREAKS = set(",.;:!?—…")
 

@@ -1,7 +1,7 @@
 """What the synthetic people say: sentences written for this project, rich in p, b, m and in all vowels.
 
-COMMON is read by everyone; SPOKEN is dealt out differently to every identity. HELD_OUT is only read by the validation and
-test identities, as their second half, so that nothing scored there was heard in training.
+COMMON is read by everyone; SPOKEN is dealt out differently to every identity. HELD_OUT is only read by the validation
+and test identities, as their second half, so that nothing scored there was heard in training.
 """
 
 COMMON = """

@@ -15,6 +15,7 @@ import numpy as np
 from jambatalk.data.synthetic.phones import Phone, from_flite, from_hibari, tidy
 from jambatalk.face.mesh import MissingPackage
 
+_HIBARI_MISSING = "the voice hibari/heart needs the package `hibari-tts`: pip install 'jambatalk[synthetic]'"
 FLITE_VOICES = ("slt", "rms", "awb", "kal16")
 
 
@@ -45,7 +46,7 @@ def check_voices(voices: list[Voice]) -> None:
     """Raise MissingPackage, naming what to install, if a voice cannot be used here."""
     engines = {voice.engine for voice in voices}
     if "hibari" in engines and importlib.util.find_spec("hibari") is None:
-        raise MissingPackage("the voice hibari/heart needs the package `hibari-tts`: pip install 'jambatalk[synthetic]'")
+        raise MissingPackage(_HIBARI_MISSING)
     if "flite" in engines:
         have = _flite_voices()
         for voice in voices:
@@ -136,8 +137,7 @@ def _hibari_engine():
         import hibari
         import onnxruntime
     except ImportError as error:
-        raise MissingPackage("the voice hibari/heart needs the package `hibari-tts`: "
-                             "pip install 'jambatalk[synthetic]'") from error
+        raise MissingPackage(_HIBARI_MISSING) from error
     model = (Path(hibari.__file__).parent / "assets" / "hibari.onnx").read_bytes()
     tensor = b"/Clip_output_0"
     value_info = b"\x0a" + bytes([len(tensor)]) + tensor                        # ValueInfoProto.name
