@@ -3,13 +3,16 @@
 It calls the step functions of the other ops, so their C++ versions serve it where they are built.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm, silu
 
 from jambatalk_kernels.attention.reference import KVCache, rope_attention_step, rotary_table
 from jambatalk_kernels.causal_conv1d.op import causal_conv1d_step
-from jambatalk_kernels.moe.reference import moe_mlp, moe_route
+from jambatalk_kernels.moe.reference import activate, moe_mlp, moe_route
 from jambatalk_kernels.rollout.program import (
     AttentionMixer,
     DenseMLP,
@@ -21,6 +24,9 @@ from jambatalk_kernels.rollout.program import (
 )
 from jambatalk_kernels.selective_scan.op import selective_scan_step
 
+# Matrices this small are multiplied faster by one thread than by several that must meet after each; where other work
+# shares the cores, much faster.
+SMALL_MATRIX = 1 << 18
 TABLE_FRAMES = 256  # frames of rotary angles computed at a time, so that memory does not grow with the clip
 
 
@@ -33,9 +39,31 @@ def rollout(program: Program, inputs: Tensor, state: RolloutState | None,
     else:
         state = state.with_room(program.layers, frames)
     hidden = torch.zeros_like(inputs)
+    with one_thread_if_small(program, batch, inputs.device):
+        run_lengths(program, inputs, state, lengths, hidden)
+    return hidden, state
+
+
+@contextmanager
+def one_thread_if_small(program: Program, batch: int, device: torch.device) -> Iterator[None]:
+    largest = max((layer.mlp.w_in[0].numel() if isinstance(layer.mlp, MoEMLP) else layer.mlp.w_in.numel()
+                   for layer in program.layers), default=0)
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1 or batch * largest > SMALL_MATRIX:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def run_lengths(program: Program, inputs: Tensor, state: RolloutState, lengths: Tensor | None, hidden: Tensor) -> None:
+    """Writes hidden and advances the state, both in place; each sequence up to its own length."""
     if lengths is None:
-        run(program, inputs, state, hidden)
-        return hidden, state
+        return run(program, inputs, state, hidden)
+    frames, width = inputs.shape[1:]
     # Between two consecutive ends the set of live sequences is fixed: run exactly those, and leave the others alone.
     start = 0
     for stop in sorted(set(lengths.clamp(0, frames).tolist()) - {0}):
@@ -46,7 +74,6 @@ def rollout(program: Program, inputs: Tensor, state: RolloutState | None,
         hidden[rows, start:stop] = out
         state.put(rows, live)
         start = stop
-    return hidden, state
 
 
 def run(program: Program, inputs: Tensor, state: RolloutState, hidden: Tensor) -> None:
@@ -111,6 +138,19 @@ def attention_step(mixer: AttentionMixer, x: Tensor, cache: KVCache, cos: Tensor
 
 def mlp_step(mlp: DenseMLP | MoEMLP, x: Tensor) -> Tensor:
     if isinstance(mlp, MoEMLP):
+        if x.shape[0] == 1 and x.device.type == "cpu":
+            return one_token(mlp, x)
         return moe_mlp(x, moe_route(linear(x, mlp.router), mlp.top_k), mlp.w_in, mlp.w_out)
     gate, up = linear(x, mlp.w_in).chunk(2, dim=-1)
     return linear(silu(gate) * up, mlp.w_out)
+
+
+def one_token(mlp: MoEMLP, x: Tensor) -> Tensor:
+    """moe_mlp(x, moe_route(...)) for a single token, x (1, d): with nothing to group, half of the calls are saved."""
+    probabilities = linear(x, mlp.router).softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))[0].tolist()
+    total = None
+    # sorted() is stable: among equal probabilities the lowest index wins, as in moe_route.
+    for expert in sorted(range(len(probabilities)), key=lambda e: -probabilities[e])[: mlp.top_k]:
+        out = linear(activate(linear(x, mlp.w_in[expert]), "swiglu"), mlp.w_out[expert])
+        total = out * probabilities[expert] if total is None else total.add_(out, alpha=probabilities[expert])
+    return total
