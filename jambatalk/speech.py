@@ -57,16 +57,34 @@ def align(samples: np.ndarray, text: str) -> list[Phone]:
         AlignmentError: no words, no audio, or the recording does not say this text.
         SpeechPackageMissing: `pocketsphinx` is not installed.
     """
-    decoder_class = _decoder_class()
-    samples = np.asarray(samples)
-    if samples.ndim != 1 or not np.issubdtype(samples.dtype, np.floating):
-        raise ValueError(f"samples must be (n,) float, got {samples.shape} {samples.dtype}")
+    _decoder_class()
     words = normalise(text)
     if not words:
         raise AlignmentError("the text has no words")
     spoken = {word: pronunciation(word) for word in words}
     if missing := sorted(word for word, phones in spoken.items() if phones is None):
         raise UnknownWords(missing)
+    return _align(samples, words, spoken)
+
+
+def align_phones(samples: np.ndarray, words: list[list[str]]) -> list[Phone]:
+    """Like `align`, for sounds instead of a text: each word is a list of ARPAbet phones without stress. Between words there
+    may be pauses; within a word there are none."""
+    names: dict[str, str] = {}
+    for word in words:
+        # Made-up names that are no words of the dictionary: "zza", "zzb", ... "zzba", ...
+        names.setdefault(" ".join(word), "zz" + "".join(chr(ord("a") + int(digit)) for digit in str(len(names))))
+    if not names or "" in names:
+        raise AlignmentError("no phones to align")
+    return _align(samples, [names[" ".join(word)] for word in words], {name: phones for phones, name in names.items()})
+
+
+def _align(samples: np.ndarray, words: list[str], spoken: dict[str, str]) -> list[Phone]:
+    """Both passes of `align`, for words with the given phones; words that the dictionary has keep its variants."""
+    decoder_class = _decoder_class()
+    samples = np.asarray(samples)
+    if samples.ndim != 1 or not np.issubdtype(samples.dtype, np.floating):
+        raise ValueError(f"samples must be (n,) float, got {samples.shape} {samples.dtype}")
     if len(samples) < SAMPLING_RATE // 10:
         raise AlignmentError(f"{len(samples) / SAMPLING_RATE:.3f} s of audio is too short to align")
     pcm = (np.clip(samples, -1.0, 1.0) * 32767).astype("<i2").tobytes()
