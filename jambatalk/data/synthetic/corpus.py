@@ -11,7 +11,7 @@
     phones.json             subject -> sequence -> [[phone, start, end], ...] in seconds (ARPAbet, SIL)
     manifest.json           seed, versions, voices, styles, texts, and measures of the ground truth itself
 
-The same arguments give the same bytes. Sequences are independent of each other and of how many are asked for.
+The same arguments give the same bytes, whatever the number of processes.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def write_corpus(out: str | Path, identities: int = 12, sentences: int = 40, see
     The folder appears when it is complete: whatever fails or is interrupted leaves nothing behind. Raises CorpusExists,
     ValueError for counts that cannot be split, MissingPackage for an engine or mesh that is not installed.
     """
-    out = Path(out)
+    out = Path(out).resolve()
     if identities < 2:
         raise ValueError(f"a corpus needs at least 2 identities (one is held out), got {identities}")
     if sentences < 2:
@@ -203,30 +203,30 @@ def _write(folder: Path, people: list[Identity], tasks: list, made: list, head, 
     """All files but the manifest, which is returned."""
     templates = {person.name: load_head(person.shape).template for person in people}
     rows = sum(len(weights) for *_, weights in made)
-    vertices = np.lib.format.open_memmap(folder / "data_verts.npy", mode="w+", dtype=np.float32,
-                                         shape=(rows, len(head.template), 3))
     index: dict = {person.name: {} for person in people}
     audio: dict = {person.name: {} for person in people}
     phones: dict = {person.name: {} for person in people}
     texts: dict = {person.name: {} for person in people}
     measured = []
     row = 0
-    for (person, _, number, *_), (text, samples, spans, weights) in tqdm(
-            list(zip(tasks, made, strict=True)), desc="vertices", unit="clip", disable=not progress):
-        name, sequence = person.name, sequence_name(number)
-        moved = head.pose(weights, templates[name])
-        vertices[row:row + len(moved)] = moved
-        index[name][sequence] = {i: row + i for i in range(len(moved))}
-        # An array from another process has a dtype object of its own, which a pickle would show in its bytes.
-        samples = np.frombuffer(samples.tobytes(), np.int16).copy()
-        audio[name][sequence] = {"audio": samples, "sample_rate": SAMPLE_RATE}
-        phones[name][sequence] = [[phone, round(start, 5), round(end, 5)] for phone, start, end in spans]
-        texts[name][sequence] = text
-        gap = _gap(moved, head) - _gap(templates[name], head)
-        measured.append((gap, samples, spans))
-        row += len(moved)
-    vertices.flush()
-    del vertices
+    clips = tqdm(list(zip(tasks, made, strict=True)), desc="vertices", unit="clip", disable=not progress)
+    # Written as a stream and not through a memory map, where a full disk would be a crash and not an error.
+    with open(folder / "data_verts.npy", "wb") as vertices:
+        np.lib.format.write_array_header_1_0(
+            vertices, {"descr": "<f4", "fortran_order": False, "shape": (rows, *head.template.shape)})
+        for (person, _, number, *_), (text, samples, spans, weights) in clips:
+            name, sequence = person.name, sequence_name(number)
+            moved = head.pose(weights, templates[name])
+            vertices.write(moved.astype("<f4", copy=False).data)
+            index[name][sequence] = {i: row + i for i in range(len(moved))}
+            # An array from another process has a dtype object of its own, which a pickle would show in its bytes.
+            samples = np.frombuffer(samples.tobytes(), np.int16).copy()
+            audio[name][sequence] = {"audio": samples, "sample_rate": SAMPLE_RATE}
+            phones[name][sequence] = [[phone, round(start, 5), round(end, 5)] for phone, start, end in spans]
+            texts[name][sequence] = text
+            gap = _gap(moved, head) - _gap(templates[name], head)
+            measured.append((gap, samples, spans))
+            row += len(moved)
     for file, value in (("subj_seq_to_idx.pkl", index), ("raw_audio_fixed.pkl", audio), ("templates.pkl", templates)):
         with open(folder / file, "wb") as handle:
             pickle.dump(value, handle, protocol=4)
