@@ -151,7 +151,8 @@ class Corpus:
 
     def _clips(self, split: str) -> Iterator[Clip]:
         for subject in self.splits[split]:
-            for sequence in self._sentences[split]:
+            # A subject who has sequences of its own (a recorded speaker) is listed by name.
+            for sequence in self._sentences.get(subject, self._sentences[split]):
                 frames = self._rows.get(subject, {}).get(sequence)
                 sound = self._audio.get(subject, {}).get(sequence)
                 if not frames or sound is None:

@@ -5,11 +5,15 @@
     raw_audio_fixed.pkl     subject -> sequence -> {"audio": int16, "sample_rate": 22000}
     templates.pkl           subject -> (V, 3) float32 neutral face
   and beside the release's files
-    splits.json             train, val, test: subjects; sentences: the sequences that each split uses
+    splits.json             train, val, test: subjects; sentences: the sequences that each split uses, and those of a
+                            subject who has other ones (a recorded speaker) under the subject's name
     faces.npy               (F, 3) int32 triangles
     regions.npz             see jambatalk.face.Head.regions
     phones.json             subject -> sequence -> [[phone, start, end], ...] in seconds (ARPAbet, SIL)
     manifest.json           seed, versions, voices, styles, texts, and measures of the ground truth itself
+
+Beside the synthetic voices there may be real ones, for training only: labelled recordings (see
+`jambatalk.data.synthetic.recordings`) whose motion is made in the same way, on a head of the speaker's own.
 
 The same arguments give the same bytes, whatever the number of processes.
 """
@@ -35,7 +39,8 @@ from tqdm import tqdm
 
 from jambatalk import metrics
 from jambatalk.data.synthetic.articulation import articulate
-from jambatalk.data.synthetic.identities import Identity, cast
+from jambatalk.data.synthetic.identities import Identity, cast, recorded
+from jambatalk.data.synthetic.labelled import Recording, Speaker, group, join, load_speakers
 from jambatalk.data.synthetic.phones import Phone, tidy
 from jambatalk.data.synthetic.sentences import COMMON, HELD_OUT, SPOKEN
 from jambatalk.data.synthetic.speech import check_voices, speak
@@ -50,8 +55,10 @@ class CorpusExists(ValueError):
 
 
 def write_corpus(out: str | Path, identities: int = 12, sentences: int = 40, seed: int = 0, jobs: int = 1,
-                 progress: bool = True) -> dict:
+                 progress: bool = True, recordings: str | Path | None = None) -> dict:
     """Write a corpus into the folder `out`, which must not exist or be empty; returns the manifest.
+
+    recordings: a folder of labelled recordings; each speaker there becomes one more training identity.
 
     The folder appears when it is complete: whatever fails or is interrupted leaves nothing behind. Raises CorpusExists,
     ValueError for counts that cannot be split, MissingPackage for an engine or mesh that is not installed.
@@ -65,14 +72,24 @@ def write_corpus(out: str | Path, identities: int = 12, sentences: int = 40, see
         raise CorpusExists(f"{out}: exists and is not an empty folder")
     people = cast(identities, seed)
     check_voices([person.voice for person in people])
+    speakers = load_speakers(recordings) if recordings is not None else []
     head = load_head()
     splits = split(people, sentences)
     tasks = [(person, person.name in splits["train"], number, sentences, seed)
              for person in people for number in range(sentences)]
+    guests = [recorded(number, speaker.name, seed) for number, speaker in enumerate(speakers)]
+    spoken = _recorded_tasks(guests, speakers, splits, seed)
     with _unfinished(out) as folder:
         made = list(tqdm(_each(_make, tasks, jobs), total=len(tasks), desc="speech", unit="clip", disable=not progress))
-        manifest = _write(folder, people, tasks, made, head, splits, progress)
+        if spoken:
+            made += tqdm(_each(_make_recorded, spoken, jobs), total=len(spoken), desc="recordings", unit="clip",
+                         disable=not progress)
+        manifest = _write(folder, people + guests, tasks + spoken, made, head, splits, progress)
         manifest["seed"] = seed
+        for guest, speaker in zip(guests, speakers, strict=True):
+            manifest["licences"][guest.name] = speaker.licence
+            manifest["identities"][guest.name]["recordings"] = {
+                "source": speaker.source, "licence": speaker.licence, "used": len(speaker.recordings)}
         _write_json(folder / "manifest.json", manifest)
     return manifest
 
@@ -126,6 +143,32 @@ def _make(task: tuple[Identity, bool, int, int, int]) -> tuple[str, np.ndarray, 
     frames = int(round(len(samples) / SAMPLE_RATE * FPS))
     weights = articulate(phones, samples, SAMPLE_RATE, frames, FPS, person.style, load_head(), rng)
     return text, _record(samples, rng), phones, weights
+
+
+def _recorded_tasks(guests: list[Identity], speakers: list[Speaker], splits: dict, seed: int) -> list[tuple]:
+    """What _make_recorded needs for every clip of the recorded speakers, who join the training subjects in `splits`."""
+    tasks = []
+    for person, (guest, speaker) in enumerate(zip(guests, speakers, strict=True)):
+        groups = group(speaker.recordings, np.random.default_rng([seed, 5, person]))
+        tasks += [(guest, True, number, recordings, seed) for number, recordings in enumerate(groups)]
+        splits["train"].append(guest.name)
+        splits["sentences"][guest.name] = [sequence_name(number) for number in range(len(groups))]
+    return tasks
+
+
+def _make_recorded(task: tuple[Identity, bool, int, tuple[Recording, ...], int]
+                   ) -> tuple[str, np.ndarray, list[Phone], np.ndarray]:
+    """The same as _make, of recordings instead of a text. Their level and noise are left as they are."""
+    person, _, number, recordings, seed = task
+    index = int(person.name.rpartition("_")[2]) - 1
+    rng = np.random.default_rng([seed, 6, index, number])
+    samples, rate, phones = join(recordings, rng)
+    samples = soxr.resample(samples, rate, SAMPLE_RATE, quality="HQ")
+    phones[-1] = (*phones[-1][:2], len(samples) / SAMPLE_RATE)
+    frames = int(round(len(samples) / SAMPLE_RATE * FPS))
+    weights = articulate(phones, samples, SAMPLE_RATE, frames, FPS, person.style, load_head(), rng)
+    text = "recorded: " + ", ".join(recording.path.stem for recording in recordings)
+    return text, np.round(np.clip(samples, -1, 1) * 32767).astype(np.int16), phones, weights
 
 
 def _pace(samples: np.ndarray, phones: list[Phone], rng: np.random.Generator) -> tuple[np.ndarray, list[Phone]]:

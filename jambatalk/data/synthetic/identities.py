@@ -12,11 +12,12 @@ from jambatalk.data.synthetic.speech import FLITE_VOICES, Voice
 
 @dataclass(frozen=True)
 class Identity:
-    """A synthetic person. `shape` maps shape targets of the head to amounts (see jambatalk.face.load_head)."""
+    """A synthetic person, or a recorded one with a synthetic head (`voice` is then the speaker's name). `shape` maps shape
+    targets of the head to amounts (see jambatalk.face.load_head)."""
 
     name: str
     shape: dict[str, float]
-    voice: Voice
+    voice: Voice | str
     style: Style
 
 
@@ -68,6 +69,13 @@ def cast(count: int, seed: int) -> list[Identity]:
         body, voice, style = _CAST[number] if number < len(_CAST) else _someone(rng)
         people.append(Identity(f"Synthetic_{number + 1:02d}", _shape(body, rng), voice, style))
     return people
+
+
+def recorded(number: int, speaker: str, seed: int) -> Identity:
+    """Head and style, made up by `seed`, of recorded speaker `number` (from 0)."""
+    rng = np.random.default_rng([seed, 4, number])
+    body, _, style = _someone(rng)
+    return Identity(f"Recorded_{number + 1:02d}", _shape(body, rng), speaker, style)
 
 
 def _shape(body: _Body, rng: np.random.Generator) -> dict[str, float]:
