@@ -26,7 +26,7 @@ void sum_terms(const SumCall& call, int64_t task_begin, int64_t task_end) {
           for (int k = 0; k < valid; ++k) total[k] += at[k];
         }
       }
-      store_rows<L>(&total, call.target, outer, row, 1, c, valid);
+      store_rows<L>(&total, 1, call.target, outer, row, 1, c, valid);
     }
   }
 }

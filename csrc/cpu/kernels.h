@@ -36,6 +36,7 @@ struct ScanCall {
   const Piece* pieces;
   int64_t piece_count;
   int64_t group_channels, groups;  // one task is one batch entry and one group of channels
+  int64_t padded_channels;         // of saved states
   bool softplus;
   Array u, delta, z, B, C;       // (batch, length, channels or states)
   Array A;                       // (channels, states)

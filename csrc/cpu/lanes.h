@@ -132,6 +132,8 @@ JT_INLINE void with_memory_type(Dtype dtype, F f) {
   }
 }
 
+JT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 template <class P>
 struct PointeeOf;
 template <class M>
@@ -146,58 +148,79 @@ inline constexpr bool kSame = false;
 template <class A>
 inline constexpr bool kSame<A, A> = true;
 
-// rows[t] = array[i, j0 + t, c0 .. c0 + W), lanes from `valid` on zero. An absent array gives zeros.
+// Channels are staged by the strip: a cache line's worth of float32, so that a row that is pages away from the next is
+// touched once.
 template <class L>
-void load_rows(typename L::V* rows, const Array& array, int64_t i, int64_t j0, int64_t count, int64_t c0, int valid) {
+inline constexpr int kStrip = 64 / JT_WIDTH;  // vectors
+
+// rows[r * pitch + t] = array[i, j0 + t, c0 + r * W ..) for r < R vectors; `valid` of the R * W channels exist, the others
+// are zero, as is an absent array.
+template <class L, int R = 1>
+void load_rows(typename L::V* rows, int64_t pitch, const Array& array, int64_t i, int64_t j0, int64_t count, int64_t c0,
+               int64_t valid) {
+  using T = typename L::T;
   using V = typename L::V;
   if (array.data == nullptr) {
-    for (int64_t t = 0; t < count; ++t) rows[t] = V{};
+    for (int r = 0; r < R; ++r) {
+      for (int64_t t = 0; t < count; ++t) rows[r * pitch + t] = V{};
+    }
     return;
   }
   with_memory_type(array.dtype, [&](auto* type) {
     using M = Pointee<decltype(type)>;
     const int64_t row = array.stride[1], step = array.stride[2];
     const M* from = (const M*)array.data + i * array.stride[0] + j0 * row + c0 * step;
-    if (valid == L::W && step == 1) {
+    if (valid >= R * L::W && step == 1) {
       for (int64_t t = 0; t < count; ++t, from += row) {
-        if constexpr (kSame<M, typename L::T>) {
-          rows[t] = L::load((const typename L::T*)from);
-        } else {
-          V value;
-          for (int k = 0; k < L::W; ++k) value[k] = typename L::T(widen(from[k]));
-          rows[t] = value;
+        for (int r = 0; r < R; ++r) {
+          if constexpr (kSame<M, T>) {
+            rows[r * pitch + t] = L::load((const T*)from + r * L::W);
+          } else {
+            V value;
+            for (int k = 0; k < L::W; ++k) value[k] = T(widen(from[r * L::W + k]));
+            rows[r * pitch + t] = value;
+          }
         }
       }
-    } else if (row == 1) {  // time runs fastest in memory: read along it
-      for (int k = 0; k < L::W; ++k, from += step) {
-        for (int64_t t = 0; t < count; ++t) rows[t][k] = k < valid ? typename L::T(widen(from[t])) : 0;
-      }
-    } else {
-      for (int64_t t = 0; t < count; ++t, from += row) {
-        V value = {};
-        for (int k = 0; k < valid; ++k) value[k] = typename L::T(widen(from[k * step]));
-        rows[t] = value;
+      return;
+    }
+    for (int r = 0; r < R; ++r, from += L::W * step) {
+      const int64_t lanes = smaller(L::W, valid - r * L::W);
+      if (row == 1) {  // time runs fastest in memory: read along it
+        for (int k = 0; k < L::W; ++k) {
+          for (int64_t t = 0; t < count; ++t) rows[r * pitch + t][k] = k < lanes ? T(widen(from[k * step + t])) : T(0);
+        }
+      } else {
+        for (int64_t t = 0; t < count; ++t) {
+          V value = {};
+          for (int k = 0; k < lanes; ++k) value[k] = T(widen(from[t * row + k * step]));
+          rows[r * pitch + t] = value;
+        }
       }
     }
   });
 }
 
-template <class L>
-void store_rows(const typename L::V* rows, const Array& array, int64_t i, int64_t j0, int64_t count, int64_t c0,
-                int valid) {
+template <class L, int R = 1>
+void store_rows(const typename L::V* rows, int64_t pitch, const Array& array, int64_t i, int64_t j0, int64_t count,
+                int64_t c0, int64_t valid) {
   if (array.data == nullptr) return;
   with_memory_type(array.dtype, [&](auto* type) {
     using M = Pointee<decltype(type)>;
     const int64_t row = array.stride[1], step = array.stride[2];
     M* to = (M*)array.data + i * array.stride[0] + j0 * row + c0 * step;
     for (int64_t t = 0; t < count; ++t, to += row) {
-      if constexpr (kSame<M, typename L::T>) {
-        if (valid == L::W && step == 1) {
-          L::store((typename L::T*)to, rows[t]);
-          continue;
+      for (int r = 0; r < R; ++r) {
+        const typename L::V value = rows[r * pitch + t];
+        if constexpr (kSame<M, typename L::T>) {
+          if (valid >= (r + 1) * L::W && step == 1) {
+            L::store((typename L::T*)to + r * L::W, value);
+            continue;
+          }
         }
+        const int64_t lanes = smaller(L::W, valid - r * L::W);
+        for (int k = 0; k < lanes; ++k) to[(r * L::W + k) * step] = Narrow<M>::from(value[k]);
       }
-      for (int k = 0; k < valid; ++k) to[k * step] = Narrow<M>::from(rows[t][k]);
     }
   });
 }
@@ -209,6 +232,12 @@ void load_matrix(T* flat, const Array& array, int64_t i, int64_t j0, int64_t row
     using M = Pointee<decltype(type)>;
     const M* from = (const M*)array.data + i * array.stride[0] + j0 * array.stride[1];
     for (int64_t j = 0; j < rows; ++j, from += array.stride[1]) {
+      if constexpr (kSame<M, T>) {
+        if (array.stride[2] == 1) {
+          __builtin_memcpy(flat + j * columns, from, size_t(columns) * sizeof(T));
+          continue;
+        }
+      }
       for (int64_t k = 0; k < columns; ++k) flat[j * columns + k] = T(widen(from[k * array.stride[2]]));
     }
   });
@@ -216,23 +245,23 @@ void load_matrix(T* flat, const Array& array, int64_t i, int64_t j0, int64_t row
 
 // A (channels,) array as one vector: array[c0 .. c0 + W).
 template <class L>
-typename L::V load_channels(const Array& array, int64_t c0, int valid) {
+typename L::V load_channels(const Array& array, int64_t c0, int64_t valid) {
   typename L::V value;
-  load_rows<L>(&value, array, 0, 0, 1, c0, valid);
+  load_rows<L>(&value, 1, array, 0, 0, 1, c0, valid);
   return value;
 }
 
 // A (channels, columns) array with channels in lanes: rows[n] = array[c0 .. c0 + W, n].
 template <class L>
-void load_transposed(typename L::V* rows, const Array& array, int64_t i, int64_t c0, int64_t columns, int valid) {
+void load_transposed(typename L::V* rows, const Array& array, int64_t i, int64_t c0, int64_t columns, int64_t valid) {
   const Array turned{array.data, array.dtype, {array.stride[0], array.stride[2], array.stride[1]}};
-  load_rows<L>(rows, turned, i, 0, columns, c0, valid);
+  load_rows<L>(rows, columns, turned, i, 0, columns, c0, valid);
 }
 template <class L>
 void store_transposed(const typename L::V* rows, const Array& array, int64_t i, int64_t c0, int64_t columns,
-                      int valid) {
+                      int64_t valid) {
   const Array turned{array.data, array.dtype, {array.stride[0], array.stride[2], array.stride[1]}};
-  store_rows<L>(rows, turned, i, 0, columns, c0, valid);
+  store_rows<L>(rows, columns, turned, i, 0, columns, c0, valid);
 }
 
 // Subnormal numbers cost a hundred cycles each on some machines, and a decaying state fed with zeros becomes one.
@@ -260,8 +289,6 @@ template <class X>
 int64_t carved(int64_t count) {
   return (count * int64_t(sizeof(X)) + 63) / 64 * 64;
 }
-
-JT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 }  // namespace JT_ISA
 }  // namespace jambatalk

@@ -21,7 +21,7 @@ ScanCall describe(const Tensor& u, const Tensor& delta, const Tensor& A, const T
                   const Pieces& pieces) {
   ScanCall call{};
   call.batch = u.size(0), call.length = u.size(1), call.channels = u.size(2), call.states = A.size(1);
-  call.chunk = chunk_length(call.states);
+  call.chunk = chunk_length(call.states), call.padded_channels = padded_channels(call.channels);
   call.packed = cu_seqlens.has_value();
   call.pieces = pieces.list.data(), call.piece_count = int64_t(pieces.list.size());
   call.softplus = softplus;

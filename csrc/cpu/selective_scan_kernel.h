@@ -3,8 +3,8 @@
 //   h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t;   y_t = (C_t . h_t + D u_t) silu(z_t)
 //
 // A task is one batch entry and one group of channels. It walks the pieces of the sequence (chunks of `chunk` positions);
-// for each it stages, per block of W channels, delta, u, z as rows of vectors in the L1 cache (any dtype, any stride), then
-// runs the recurrence on kTile states at a time, so that their h and A stay in registers while time runs. B_t and C_t are
+// for each it stages, strip of channels by strip, delta, u, z as rows of vectors in the L1 cache (any dtype, any stride),
+// then runs the recurrence on kTile states at a time, so that their h and A stay in registers while time runs. B_t and C_t are
 // the same for all channels: broadcasts.
 //
 // Cost per channel, position and state: the exponential (10 operations: clamp, split, polynomial, scale) and 4 more. Forward
@@ -62,61 +62,82 @@ JT_INLINE void for_tiles(int64_t states, F f) {
   }
 }
 
+// A and the per-channel vectors of one group of channels, in lanes: A[k * states + n] is scaled by log2(e), for exp2.
+template <class L>
+void load_parameters(const ScanCall& call, int64_t group_begin, int64_t group_end, typename L::V* A, typename L::V* D,
+                     typename L::V* bias) {
+  for (int64_t c = group_begin, k = 0; c < group_end; c += L::W, ++k) {
+    load_transposed<L>(A + k * call.states, call.A, 0, c, call.states, group_end - c);
+    for (int64_t n = 0; n < call.states; ++n) A[k * call.states + n] *= L::splat(MathConstants<typename L::T>::kLog2e);
+    D[k] = load_channels<L>(call.D, c, group_end - c);
+    bias[k] = load_channels<L>(call.delta_bias, c, group_end - c);
+  }
+}
+
+// Where the state of channel c at the start of the piece's chunk is saved: rows of padded_channels, one per state.
+template <class L>
+typename L::T* saved_state(const ScanCall& call, int64_t batch, const Piece& piece, int64_t c) {
+  const int64_t chunks = (call.length + call.chunk - 1) / call.chunk;
+  return (typename L::T*)call.chunk_states + (batch * chunks + piece.begin / call.chunk) * call.states * call.padded_channels + c;
+}
+
 template <class L>
 void scan_forward(const ScanCall& call, int64_t task_begin, int64_t task_end) {
   using T = typename L::T;
   using V = typename L::V;
+  constexpr int R = kStrip<L>;
   const FlushSubnormals flush;
-  const int64_t N = call.states, rows = smaller(call.chunk, call.length), chunks = (call.length + call.chunk - 1) / call.chunk;
+  const int64_t N = call.states, rows = smaller(call.chunk, call.length);
   const int64_t blocks = (call.group_channels + L::W - 1) / L::W;
-  const int64_t padded = (call.channels + kChannelPadding - 1) / kChannelPadding * kChannelPadding;
-  Carver carve{(char*)scratch(2 * carved<V>(blocks * N) + 2 * carved<V>(blocks) + 2 * carved<T>(rows * N) + 4 * carved<V>(rows))};
+  Carver carve{(char*)scratch(2 * carved<V>(blocks * N) + 2 * carved<V>(blocks) + 2 * carved<T>(rows * N) +
+                              4 * carved<V>(R * rows))};
   V *A = carve.take<V>(blocks * N), *h = carve.take<V>(blocks * N);
   V *D = carve.take<V>(blocks), *bias = carve.take<V>(blocks);
   T *B = carve.take<T>(rows * N), *C = carve.take<T>(rows * N);
-  V *delta = carve.take<V>(rows), *u = carve.take<V>(rows), *z = carve.take<V>(rows), *y = carve.take<V>(rows);
+  V *strip_delta = carve.take<V>(R * rows), *strip_u = carve.take<V>(R * rows);
+  V *strip_z = carve.take<V>(R * rows), *strip_y = carve.take<V>(R * rows);
 
   for (int64_t task = task_begin; task < task_end; ++task) {
     const int64_t batch = task / call.groups, group_begin = task % call.groups * call.group_channels;
     const int64_t group_end = smaller(group_begin + call.group_channels, call.channels);
-    for (int64_t c = group_begin, k = 0; c < group_end; c += L::W, ++k) {
-      const int valid = int(smaller(L::W, group_end - c));
-      load_transposed<L>(A + k * N, call.A, 0, c, N, valid);
-      for (int64_t n = 0; n < N; ++n) A[k * N + n] *= L::splat(MathConstants<T>::kLog2e);
-      D[k] = load_channels<L>(call.D, c, valid);
-      bias[k] = load_channels<L>(call.delta_bias, c, valid);
-    }
+    load_parameters<L>(call, group_begin, group_end, A, D, bias);
     for (int64_t p = 0; p < call.piece_count; ++p) {
       const Piece& piece = call.pieces[p];
-      const int64_t count = piece.end - piece.begin, sequence = call.packed ? piece.sequence : batch;
-      load_matrix<T>(B, call.B, batch, piece.begin, count, N);
-      load_matrix<T>(C, call.C, batch, piece.begin, count, N);
-      for (int64_t c = group_begin, k = 0; c < group_end; c += L::W, ++k) {
-        const int valid = int(smaller(L::W, group_end - c));
-        V* state = h + k * N;
-        if (piece.first) load_transposed<L>(state, call.initial_state, sequence, c, N, valid);
-        if (call.chunk_states != nullptr && !piece.first) {
-          T* saved = (T*)call.chunk_states + ((batch * chunks + piece.begin / call.chunk) * N) * padded + c;
-          for (int64_t n = 0; n < N; ++n) L::store(saved + n * padded, state[n]);
-        }
-        load_rows<L>(delta, call.delta, batch, piece.begin, count, c, valid);
-        load_rows<L>(u, call.u, batch, piece.begin, count, c, valid);
-        for (int64_t t = 0; t < count; ++t) {
-          V d = delta[t] + bias[k];
-          if (call.softplus) d = softplus<L>(d);
-          delta[t] = d;
-          y[t] = D[k] * u[t];
-          u[t] *= d;
-        }
-        for_tiles(N, [&]<int S>(int64_t n) {
-          scan_tile<L, S>(delta, u, B + n, C + n, N, count, A + k * N + n, state + n, y);
-        });
+      const int64_t begin = piece.begin, count = piece.end - begin, sequence = call.packed ? piece.sequence : batch;
+      load_matrix<T>(B, call.B, batch, begin, count, N);
+      load_matrix<T>(C, call.C, batch, begin, count, N);
+      for (int64_t strip = group_begin; strip < group_end; strip += R * L::W) {
+        load_rows<L, R>(strip_delta, rows, call.delta, batch, begin, count, strip, group_end - strip);
+        load_rows<L, R>(strip_u, rows, call.u, batch, begin, count, strip, group_end - strip);
         if (call.z.data != nullptr) {
-          load_rows<L>(z, call.z, batch, piece.begin, count, c, valid);
-          for (int64_t t = 0; t < count; ++t) y[t] *= silu<L>(z[t]);
+          load_rows<L, R>(strip_z, rows, call.z, batch, begin, count, strip, group_end - strip);
         }
-        store_rows<L>(y, call.y, batch, piece.begin, count, c, valid);
-        if (piece.last) store_transposed<L>(state, call.final_state, sequence, c, N, valid);
+        for (int r = 0; r < R; ++r) {
+          const int64_t c = strip + r * L::W, k = (c - group_begin) / L::W;
+          if (c >= group_end) break;
+          V *state = h + k * N, *delta = strip_delta + r * rows, *u = strip_u + r * rows;
+          V *z = strip_z + r * rows, *y = strip_y + r * rows;
+          if (piece.first) load_transposed<L>(state, call.initial_state, sequence, c, N, group_end - c);
+          if (call.chunk_states != nullptr && !piece.first) {
+            T* saved = saved_state<L>(call, batch, piece, c);
+            for (int64_t n = 0; n < N; ++n) L::store(saved + n * call.padded_channels, state[n]);
+          }
+          for (int64_t t = 0; t < count; ++t) {
+            V d = delta[t] + bias[k];
+            if (call.softplus) d = softplus<L>(d);
+            delta[t] = d;
+            y[t] = D[k] * u[t];
+            u[t] *= d;
+          }
+          for_tiles(N, [&]<int S>(int64_t n) {
+            scan_tile<L, S>(delta, u, B + n, C + n, N, count, A + k * N + n, state + n, y);
+          });
+          if (call.z.data != nullptr) {
+            for (int64_t t = 0; t < count; ++t) y[t] *= silu<L>(z[t]);
+          }
+          if (piece.last) store_transposed<L>(state, call.final_state, sequence, c, N, group_end - c);
+        }
+        store_rows<L, R>(strip_y, rows, call.y, batch, begin, count, strip, group_end - strip);
       }
     }
   }
@@ -177,87 +198,88 @@ template <class L>
 void scan_backward(const ScanCall& call, int64_t task_begin, int64_t task_end) {
   using T = typename L::T;
   using V = typename L::V;
+  constexpr int R = kStrip<L>;
   const FlushSubnormals flush;
-  const int64_t N = call.states, rows = smaller(call.chunk, call.length), chunks = (call.length + call.chunk - 1) / call.chunk;
+  const bool gated = call.z.data != nullptr;
+  const int64_t N = call.states, rows = smaller(call.chunk, call.length);
   const int64_t blocks = (call.group_channels + L::W - 1) / L::W;
-  const int64_t padded = (call.channels + kChannelPadding - 1) / kChannelPadding * kChannelPadding;
   Carver carve{(char*)scratch(3 * carved<V>(blocks * N) + 4 * carved<V>(blocks) + carved<V>(N) + 2 * carved<T>(rows * N) +
-                              2 * carved<V>(rows * N) + 10 * carved<V>(rows) + carved<V>(rows * kTile) +
-                              carved<V>((rows + 1) * kTile))};
+                              2 * carved<V>(rows * N) + 4 * carved<V>(R * rows) + 6 * carved<V>(rows) +
+                              carved<V>(rows * kTile) + carved<V>((rows + 1) * kTile))};
   V *A = carve.take<V>(blocks * N), *dA = carve.take<V>(blocks * N), *carry = carve.take<V>(blocks * N);
   V *D = carve.take<V>(blocks), *bias = carve.take<V>(blocks), *dD = carve.take<V>(blocks), *dbias = carve.take<V>(blocks);
   V* h = carve.take<V>(N);
   T *B = carve.take<T>(rows * N), *C = carve.take<T>(rows * N);
   V *sum_B = carve.take<V>(rows * N), *sum_C = carve.take<V>(rows * N);
-  V *raw = carve.take<V>(rows), *delta = carve.take<V>(rows), *u = carve.take<V>(rows), *drive = carve.take<V>(rows);
-  V *z = carve.take<V>(rows), *y = carve.take<V>(rows), *grad_y = carve.take<V>(rows), *dy = carve.take<V>(rows);
+  V *strip_delta = carve.take<V>(R * rows), *strip_u = carve.take<V>(R * rows);
+  V *strip_z = carve.take<V>(R * rows), *strip_grad = carve.take<V>(R * rows);
+  V *delta = carve.take<V>(rows), *drive = carve.take<V>(rows), *y = carve.take<V>(rows), *dy = carve.take<V>(rows);
   V *d_drive = carve.take<V>(rows), *d_log_decay = carve.take<V>(rows);
   V *decays = carve.take<V>(rows * kTile), *history = carve.take<V>((rows + 1) * kTile);
 
   for (int64_t task = task_begin; task < task_end; ++task) {
     const int64_t batch = task / call.groups, group = task % call.groups, group_begin = group * call.group_channels;
     const int64_t group_end = smaller(group_begin + call.group_channels, call.channels);
-    for (int64_t c = group_begin, k = 0; c < group_end; c += L::W, ++k) {
-      const int valid = int(smaller(L::W, group_end - c));
-      load_transposed<L>(A + k * N, call.A, 0, c, N, valid);
-      for (int64_t n = 0; n < N; ++n) A[k * N + n] *= L::splat(MathConstants<T>::kLog2e), dA[k * N + n] = V{};
-      D[k] = load_channels<L>(call.D, c, valid);
-      bias[k] = load_channels<L>(call.delta_bias, c, valid);
-      dD[k] = dbias[k] = V{};
-    }
+    load_parameters<L>(call, group_begin, group_end, A, D, bias);
+    for (int64_t i = 0; i < blocks * N; ++i) dA[i] = V{};
+    for (int64_t i = 0; i < blocks; ++i) dD[i] = dbias[i] = V{};
     for (int64_t p = call.piece_count - 1; p >= 0; --p) {
       const Piece& piece = call.pieces[p];
-      const int64_t count = piece.end - piece.begin, sequence = call.packed ? piece.sequence : batch;
-      load_matrix<T>(B, call.B, batch, piece.begin, count, N);
-      load_matrix<T>(C, call.C, batch, piece.begin, count, N);
+      const int64_t begin = piece.begin, count = piece.end - begin, sequence = call.packed ? piece.sequence : batch;
+      load_matrix<T>(B, call.B, batch, begin, count, N);
+      load_matrix<T>(C, call.C, batch, begin, count, N);
       for (int64_t i = 0; i < count * N; ++i) sum_B[i] = sum_C[i] = V{};
-      for (int64_t c = group_begin, k = 0; c < group_end; c += L::W, ++k) {
-        const int valid = int(smaller(L::W, group_end - c));
-        if (piece.first) {
-          load_transposed<L>(h, call.initial_state, sequence, c, N, valid);
-        } else {
-          const T* saved = (const T*)call.chunk_states + ((batch * chunks + piece.begin / call.chunk) * N) * padded + c;
-          for (int64_t n = 0; n < N; ++n) h[n] = L::load(saved + n * padded);
-        }
-        if (piece.last) load_transposed<L>(carry + k * N, call.grad_final_state, sequence, c, N, valid);
-        load_rows<L>(raw, call.delta, batch, piece.begin, count, c, valid);
-        load_rows<L>(u, call.u, batch, piece.begin, count, c, valid);
-        load_rows<L>(grad_y, call.grad_y, batch, piece.begin, count, c, valid);
-        load_rows<L>(z, call.z, batch, piece.begin, count, c, valid);
-        for (int64_t t = 0; t < count; ++t) {
-          raw[t] += bias[k];
-          delta[t] = call.softplus ? softplus<L>(raw[t]) : raw[t];
-          drive[t] = delta[t] * u[t];
-          dy[t] = call.z.data != nullptr ? grad_y[t] * silu<L>(z[t]) : grad_y[t];
-          y[t] = D[k] * u[t];
-          d_drive[t] = d_log_decay[t] = V{};
-        }
-        for_tiles(N, [&]<int S>(int64_t n) {
-          scan_tile_backward<L, S>(delta, drive, dy, B + n, C + n, N, count, A + k * N + n, h + n, carry + k * N + n, y,
-                                   d_drive, d_log_decay, dA + k * N + n, sum_B + n, sum_C + n, decays, history);
-        });
-        V piece_bias = {}, piece_D = {};  // summed by piece first: less rounding than one long sum
-        for (int64_t t = 0; t < count; ++t) {
-          const V ddelta = d_drive[t] * u[t] + d_log_decay[t] * L::splat(MathConstants<T>::kLn2);
-          const V draw = call.softplus ? ddelta * softplus_slope<L>(raw[t]) : ddelta;
-          piece_bias += draw;
-          piece_D += dy[t] * u[t];
-          if (call.z.data != nullptr) {
-            const V gate = sigmoid<L>(z[t]);
-            z[t] = grad_y[t] * y[t] * gate * (L::splat(1) + z[t] * (L::splat(1) - gate));
+      for (int64_t strip = group_begin; strip < group_end; strip += R * L::W) {
+        load_rows<L, R>(strip_delta, rows, call.delta, batch, begin, count, strip, group_end - strip);
+        load_rows<L, R>(strip_u, rows, call.u, batch, begin, count, strip, group_end - strip);
+        load_rows<L, R>(strip_grad, rows, call.grad_y, batch, begin, count, strip, group_end - strip);
+        if (gated) load_rows<L, R>(strip_z, rows, call.z, batch, begin, count, strip, group_end - strip);
+        for (int r = 0; r < R; ++r) {
+          const int64_t c = strip + r * L::W, k = (c - group_begin) / L::W;
+          if (c >= group_end) break;
+          // What is staged here is replaced by its gradient.
+          V *raw = strip_delta + r * rows, *u = strip_u + r * rows, *z = strip_z + r * rows, *grad = strip_grad + r * rows;
+          if (piece.first) {
+            load_transposed<L>(h, call.initial_state, sequence, c, N, group_end - c);
+          } else {
+            const T* saved = saved_state<L>(call, batch, piece, c);
+            for (int64_t n = 0; n < N; ++n) h[n] = L::load(saved + n * call.padded_channels);
           }
-          raw[t] = draw;
-          u[t] = d_drive[t] * delta[t] + D[k] * dy[t];
+          if (piece.last) load_transposed<L>(carry + k * N, call.grad_final_state, sequence, c, N, group_end - c);
+          for (int64_t t = 0; t < count; ++t) {
+            raw[t] += bias[k];
+            delta[t] = call.softplus ? softplus<L>(raw[t]) : raw[t];
+            drive[t] = delta[t] * u[t];
+            dy[t] = gated ? grad[t] * silu<L>(z[t]) : grad[t];
+            y[t] = D[k] * u[t];
+            d_drive[t] = d_log_decay[t] = V{};
+          }
+          for_tiles(N, [&]<int S>(int64_t n) {
+            scan_tile_backward<L, S>(delta, drive, dy, B + n, C + n, N, count, A + k * N + n, h + n, carry + k * N + n, y,
+                                     d_drive, d_log_decay, dA + k * N + n, sum_B + n, sum_C + n, decays, history);
+          });
+          V piece_bias = {}, piece_D = {};  // summed by piece first: less rounding than one long sum
+          for (int64_t t = 0; t < count; ++t) {
+            const V ddelta = d_drive[t] * u[t] + d_log_decay[t] * L::splat(MathConstants<T>::kLn2);
+            raw[t] = call.softplus ? ddelta * softplus_slope<L>(raw[t]) : ddelta;
+            piece_bias += raw[t];
+            piece_D += dy[t] * u[t];
+            if (gated) {
+              const V gate = sigmoid<L>(z[t]);
+              z[t] = grad[t] * y[t] * gate * (L::splat(1) + z[t] * (L::splat(1) - gate));
+            }
+            u[t] = d_drive[t] * delta[t] + D[k] * dy[t];
+          }
+          dbias[k] += piece_bias;
+          dD[k] += piece_D;
+          if (piece.first) store_transposed<L>(carry + k * N, call.dinitial_state, sequence, c, N, group_end - c);
         }
-        dbias[k] += piece_bias;
-        dD[k] += piece_D;
-        store_rows<L>(u, call.du, batch, piece.begin, count, c, valid);
-        store_rows<L>(raw, call.ddelta, batch, piece.begin, count, c, valid);
-        store_rows<L>(z, call.dz, batch, piece.begin, count, c, valid);
-        if (piece.first) store_transposed<L>(carry + k * N, call.dinitial_state, sequence, c, N, valid);
+        store_rows<L, R>(strip_u, rows, call.du, batch, begin, count, strip, group_end - strip);
+        store_rows<L, R>(strip_delta, rows, call.ddelta, batch, begin, count, strip, group_end - strip);
+        if (gated) store_rows<L, R>(strip_z, rows, call.dz, batch, begin, count, strip, group_end - strip);
       }
       // (batch, groups, length, 2 * states): lanes summed here, groups by the host side.
-      T* partial = (T*)call.dBC_partial + (((batch * call.groups + group) * call.length + piece.begin) * 2) * N;
+      T* partial = (T*)call.dBC_partial + (((batch * call.groups + group) * call.length + begin) * 2) * N;
       for (int64_t t = 0; t < count; ++t, partial += 2 * N) {
         for (int64_t n = 0; n < N; ++n) {
           partial[n] = L::sum(sum_B[t * N + n]);
@@ -266,7 +288,7 @@ void scan_backward(const ScanCall& call, int64_t task_begin, int64_t task_end) {
       }
     }
     for (int64_t c = group_begin, k = 0; c < group_end; c += L::W, ++k) {
-      for (int lane = 0; lane < smaller(L::W, group_end - c); ++lane) {
+      for (int64_t lane = 0; lane < smaller(L::W, group_end - c); ++lane) {
         const int64_t channel = batch * call.channels + c + lane;
         for (int64_t n = 0; n < N; ++n) ((T*)call.dA_partial)[channel * N + n] = dA[k * N + n][lane];
         ((T*)call.dD_partial)[channel] = dD[k][lane];
@@ -289,7 +311,7 @@ void scan_step(const ScanStepCall& call, int64_t task_begin, int64_t task_end) {
   // One row of N numbers as vectors, the last one padded with zeros.
   const auto load_states = [&](V* to, const Array& array, int64_t i, int64_t j) {
     for (int64_t v = 0; v < vectors; ++v) {
-      load_rows<L>(to + v, array, i, j, 1, v * L::W, int(smaller(L::W, N - v * L::W)));
+      load_rows<L>(to + v, 1, array, i, j, 1, v * L::W, N - v * L::W);
     }
   };
   // Where memory already holds such vectors, they are used in place.
@@ -305,7 +327,7 @@ void scan_step(const ScanStepCall& call, int64_t task_begin, int64_t task_end) {
       const int valid = int(smaller(L::W, group_end - c));
       const auto load_channel_row = [&](const Array& array) {
         V value;
-        load_rows<L>(&value, array, 0, batch, 1, c, valid);
+        load_rows<L>(&value, 1, array, 0, batch, 1, c, valid);
         return value;
       };
       const V u = load_channel_row(call.u);
@@ -330,13 +352,13 @@ void scan_step(const ScanStepCall& call, int64_t task_begin, int64_t task_end) {
           for (int64_t v = 0; v < vectors; ++v) {
             h[v] = exp2<L>(log_rate * A[v]) * h[v] + x * B[v];
             sum += h[v] * C[v];
-            store_rows<L>(h + v, call.state, batch, c + lane, 1, v * L::W, int(smaller(L::W, N - v * L::W)));
+            store_rows<L>(h + v, 1, call.state, batch, c + lane, 1, v * L::W, N - v * L::W);
           }
         }
         y[lane] += L::sum(sum);
       }
       if (call.z.data != nullptr) y *= silu<L>(load_channel_row(call.z));
-      store_rows<L>(&y, call.y, 0, batch, 1, c, valid);
+      store_rows<L>(&y, 1, call.y, 0, batch, 1, c, valid);
     }
   }
 }
