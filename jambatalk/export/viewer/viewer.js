@@ -4,7 +4,12 @@
 
 const $ = id => document.getElementById(id);
 const facts = JSON.parse($("facts-json").textContent);
-const bytesOf = id => Uint8Array.from(atob($(id).textContent), c => c.charCodeAt(0));
+
+function bytesOf(id) {
+  const text = atob($(id).textContent), bytes = new Uint8Array(text.length);
+  for (let i = 0; i < bytes.length; i++) bytes[i] = text.charCodeAt(i);
+  return bytes;
+}
 
 function say(text) { $("message").textContent = text; $("message").hidden = false; }
 
@@ -163,6 +168,7 @@ void main() {
   float power = mix(14.0, 400.0, shine * shine * shine), strength = mix(0.050, 0.60, shine * shine) * ao;
   float facing = clamp(1.0 - dot(N, V), 0.0, 1.0), fresnel = 0.45 + 0.55 * facing * facing * facing;
   result += strength * fresnel * (gloss(N, V, key, power) * vec3(2.2, 2.15, 2.0) + 0.30 * gloss(N, V, fill, power));
+  if (eye > 0.5) result += 1.1 * gloss(N, V, normalize(vec3(-0.42, 0.20, 0.88)), 700.0);   // the spark that makes an eye alive
   result += pow(facing, 3.5) * max(dot(N, rim) + 0.15, 0.0) * vec3(0.62, 0.68, 0.78) * ao;
   result = result * (1.0 + result * 0.12) / (1.0 + result * 0.62);   // a soft shoulder for the highlights
   gl_FragColor = vec4(pow(clamp(result, 0.0, 1.0), vec3(0.4545)) * solid, solid);
@@ -248,12 +254,12 @@ class Stage {
 // The sound card is the clock. A browser may report its time in steps of 20 ms and more, so between two reports the
 // computer's clock goes on from the last one, by a quarter of a second at most (a stalled sound stalls the face too).
 class Clock {
-  constructor() {
+  constructor(wav) {
     this.length = Math.max(facts.duration, facts.frames / facts.fps);
     this.rate = 1; this.loop = false; this.playing = false; this.still = 0;
     if (!facts.sound) return;
     this.sound = new Audio();
-    this.sound.src = URL.createObjectURL(new Blob([bytesOf("sound")], { type: "audio/wav" }));
+    this.sound.src = URL.createObjectURL(new Blob([wav], { type: "audio/wav" }));
     this.sound.preload = "auto";
     this.sound.onended = () => this.ended();
     this.sound.onpause = () => { if (this.playing && !this.sound.ended) this.pause(); };
@@ -288,11 +294,9 @@ class Clock {
 // ---------------------------------------------------------------- the timeline: loudness, and how far the mouth is open
 
 class Timeline {
-  constructor(canvas, face, length) {
+  constructor(canvas, face, length, wav) {
     Object.assign(this, { canvas, face, length });
-    if (!facts.sound) return;
-    const bytes = bytesOf("sound");
-    this.samples = new Int16Array(bytes.buffer, 44, (bytes.length - 44) >> 1);
+    if (facts.sound) this.samples = new Int16Array(wav.buffer, 44, (wav.length - 44) >> 1); // after a wav file's header
   }
   measure(columns) { // the loudest sample and the widest opening of every column, once per size
     this.columns = columns;
@@ -337,8 +341,8 @@ let changed = () => {};
 async function main() {
   if (typeof DecompressionStream === "undefined") throw new Error("This page needs a browser of 2023 or newer.");
   const arrays = await unpack();
-  const face = new Face(arrays), stage = new Stage($("view"), face, arrays), clock = new Clock();
-  const timeline = new Timeline($("curves"), face, clock.length);
+  const wav = bytesOf("sound"), face = new Face(arrays), stage = new Stage($("view"), face, arrays), clock = new Clock(wav);
+  const timeline = new Timeline($("curves"), face, clock.length, wav);
   const seconds = t => `${Math.floor(t / 60)}:${(t % 60 < 10 ? "0" : "") + (Math.floor(t % 60 * 10) / 10).toFixed(1)}`;
   $("facts").textContent = [facts.subject, `${facts.vertices} vertices`, `${facts.frames} frames at ${+facts.fps.toFixed(3)} fps`].filter(Boolean).join(" · ");
   $("facts").title = `Packed to within ${facts.error_mm.toFixed(3)} mm of the model's vertices.`;
