@@ -68,8 +68,8 @@ def align(samples: np.ndarray, text: str) -> list[Phone]:
 
 
 def align_phones(samples: np.ndarray, words: list[list[str]]) -> list[Phone]:
-    """Like `align`, for sounds instead of a text: each word is a list of ARPAbet phones without stress. Between words there
-    may be pauses; within a word there are none."""
+    """Like `align`, for sounds instead of a text: each word is a list of ARPAbet phones without stress. Between words
+    there may be pauses; within a word there are none."""
     names: dict[str, str] = {}
     for word in words:
         # Made-up names that are no words of the dictionary: "zza", "zzb", ... "zzba", ...

@@ -12,8 +12,8 @@ from jambatalk.data.synthetic.speech import FLITE_VOICES, Voice
 
 @dataclass(frozen=True)
 class Identity:
-    """A synthetic person, or a recorded one with a synthetic head (`voice` is then the speaker's name). `shape` maps shape
-    targets of the head to amounts (see jambatalk.face.load_head)."""
+    """A synthetic person, or a recorded one with a synthetic head (`voice` is then the speaker's name). `shape` maps
+    shape targets of the head to amounts (see jambatalk.face.load_head)."""
 
     name: str
     shape: dict[str, float]

@@ -43,7 +43,8 @@ def load_speakers(folder: str | Path) -> list[Speaker]:
     if not folder.is_dir():
         raise LabelledError(f"{folder}: no such folder")
     try:
-        phones, manifest = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("phones.json", "manifest.json"))
+        phones, manifest = (json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+                            for name in ("phones", "manifest"))
     except FileNotFoundError as error:
         raise LabelledError(f"{folder}: not made by jambatalk.data.synthetic.recordings, {Path(error.filename).name} "
                             "is missing") from None
@@ -59,20 +60,22 @@ def load_speakers(folder: str | Path) -> list[Speaker]:
             except soundfile.SoundFileError as error:
                 raise LabelledError(f"{path}: {' '.join(str(error).split())}") from None
             if unknown := {phone for phone, *_ in spans} - PHONES:
-                raise LabelledError(f"{folder}/phones.json: {name}/{clip} has unknown phones: {', '.join(sorted(unknown))}")
+                raise LabelledError(f"{folder}/phones.json: {name}/{clip} has unknown phones: "
+                                    f"{', '.join(sorted(unknown))}")
             if any(phone != "SIL" for phone, *_ in spans):
                 recordings.append(Recording(path, tuple((p, float(a), float(b)) for p, a, b in spans), seconds))
         about = manifest.get("speakers", {}).get(name, {})
         if recordings:
-            speakers.append(Speaker(name, about.get("licence", "not stated"), about.get("source", name), tuple(recordings)))
+            licence, source = about.get("licence", "not stated"), about.get("source", name)
+            speakers.append(Speaker(name, licence, source, tuple(recordings)))
     if not speakers:
         raise LabelledError(f"{folder}: holds no labelled recording")
     return speakers
 
 
 def group(recordings: tuple[Recording, ...], rng: np.random.Generator) -> list[tuple[Recording, ...]]:
-    """Each recording once, in groups that make clips of useful length: those of at least 2.5 s alone, shorter ones together
-    with others, by chance, up to about 5 s."""
+    """Each recording once, in groups that make clips of useful length: those of at least 2.5 s alone, shorter ones
+    together with others, by chance, up to about 5 s."""
     groups = [(recording,) for recording in recordings if recording.seconds >= SHORTEST]
     short = [recording for recording in recordings if recording.seconds < SHORTEST]
     waiting: list[Recording] = []
@@ -94,18 +97,15 @@ def join(recordings: tuple[Recording, ...], rng: np.random.Generator) -> tuple[n
     first and the end of the last are as they are.
     """
     sounds, phones, clock = [], [], 0.0
+    gaps = rng.uniform(*GAP, size=len(recordings) - 1)
     rate = soundfile.info(recordings[0].path).samplerate
     for i, recording in enumerate(recordings):
         samples, own_rate = soundfile.read(recording.path, dtype="float64")
         if own_rate != rate or samples.ndim != 1:
             raise LabelledError(f"{recording.path}: expected mono at {rate} Hz as the others")
         spoken = [(start, end) for name, start, end in recording.phones if name != "SIL"]
-        begin, end = 0.0, len(samples) / rate
-        if i > 0:
-            begin = spoken[0][0] - gap / 2          # noqa: F821 - drawn after the recording before this one
-        if i < len(recordings) - 1:
-            gap = float(rng.uniform(*GAP))
-            end = spoken[-1][1] + gap / 2
+        begin = spoken[0][0] - gaps[i - 1] / 2 if i > 0 else 0.0
+        end = spoken[-1][1] + gaps[i] / 2 if i < len(gaps) else len(samples) / rate
         first, last = int(round(begin * rate)), int(round(end * rate))
         before, after = max(-first, 0), max(last - len(samples), 0)
         piece = samples[max(first, 0):last]

@@ -43,7 +43,8 @@ SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w
 
 ASTERISK = Path("/usr/share/asterisk/sounds/en_US_f_Allison")
 _ASTERISK_PACKAGE = "asterisk-core-sounds-en-g722"
-_ASTERISK_LICENCE = "CC-BY-SA-3.0: Asterisk core sounds (en), voice Allison Smith, (c) 2003-2010, funded by Digium, Inc."
+_ASTERISK_LICENCE = ("CC-BY-SA-3.0: Asterisk core sounds (en), (c) 2003-2010 Allison Smith, "
+                     "funded by Digium, Inc.")
 # Tones, jokes and unfinished prompts; single letters are too short for the recogniser to be trusted.
 _ASTERISK_NOT_SPEECH = re.compile(r"silence/|beep|tone|tt-monkeys\.|tt-weasels-|vm-cust|ascending|letters/")
 
@@ -65,17 +66,18 @@ class _Labelled:
     doubt: str | None
 
 
-# ---------------------------------------------------------------------------------------------------- which phones: hama
+# ------------------------------------------------------------------------------------------------- which phones: hama
 
 # The recogniser's IPA; marks that are no sound of their own are not in the table and dropped.
 _IPA = {
-    "a": "AA", "ä": "AA", "ɑ": "AA", "ɒ": "AA", "æ": "AE", "ɐ": "AH", "ə": "AH", "ʌ": "AH", "ɔ": "AO", "aʊ": "AW",
-    "aɪ": "AY", "b": "B", "β": "B", "t͡ʃ": "CH", "t͡ɕ": "CH", "d": "D", "ɾ": "D", "ð": "DH", "ɛ": "EH", "eə": "EH",
-    "ɚ": "ER", "ɝ": "ER", "ɜ": "ER", "e": "EY", "eɪ": "EY", "f": "F", "g": "G", "ɡ": "G", "h": "HH", "ɦ": "HH", "x": "HH",
-    "ɪ": "IH", "ɨ": "IH", "ɪə": "IH", "i": "IY", "d͡ʒ": "JH", "k": "K", "kʰ": "K", "l": "L", "ɫ": "L", "m": "M", "ɱ": "M",
-    "n": "N", "ɲ": "N", "ŋ": "NG", "o": "OW", "oʊ": "OW", "ɔɪ": "OY", "p": "P", "pʰ": "P", "r": "R", "ɹ": "R", "ɻ": "R",
-    "s": "S", "ʃ": "SH", "ɕ": "SH", "t": "T", "tʰ": "T", "θ": "TH", "ʊ": "UH", "ɵ": "UH", "ɯ": "UH", "u": "UW", "ʉ": "UW",
-    "y": "UW", "v": "V", "w": "W", "j": "Y", "ju": "Y UW", "z": "Z", "ʒ": "ZH",
+    "a": "AA", "ä": "AA", "ɑ": "AA", "ɒ": "AA", "æ": "AE", "ɐ": "AH", "ə": "AH", "ʌ": "AH", "ɔ": "AO",
+    "aʊ": "AW", "aɪ": "AY", "b": "B", "β": "B", "t͡ʃ": "CH", "t͡ɕ": "CH", "d": "D", "ɾ": "D", "ð": "DH",
+    "ɛ": "EH", "eə": "EH", "ɚ": "ER", "ɝ": "ER", "ɜ": "ER", "e": "EY", "eɪ": "EY", "f": "F", "g": "G", "ɡ": "G",
+    "h": "HH", "ɦ": "HH", "x": "HH", "ɪ": "IH", "ɨ": "IH", "ɪə": "IH", "i": "IY", "d͡ʒ": "JH", "k": "K",
+    "kʰ": "K", "l": "L", "ɫ": "L", "m": "M", "ɱ": "M", "n": "N", "ɲ": "N", "ŋ": "NG", "o": "OW", "oʊ": "OW",
+    "ɔɪ": "OY", "p": "P", "pʰ": "P", "r": "R", "ɹ": "R", "ɻ": "R", "s": "S", "ʃ": "SH", "ɕ": "SH", "t": "T",
+    "tʰ": "T", "θ": "TH", "ʊ": "UH", "ɵ": "UH", "ɯ": "UH", "u": "UW", "ʉ": "UW", "y": "UW", "v": "V", "w": "W",
+    "j": "Y", "ju": "Y UW", "z": "Z", "ʒ": "ZH",
 }  # fmt: skip
 
 
@@ -124,7 +126,7 @@ def check_packages(g722: bool = False) -> None:
         raise MissingPackage(f"{why} needs the {word} {', '.join(missing)}: {_EXTRA}")
 
 
-# --------------------------------------------------------------------------------------------- labels, and whom to believe
+# ---------------------------------------------------------------------------------------- labels, and whom to believe
 
 def label(name: str, samples: np.ndarray) -> _Labelled:
     """Phones of one clip (n,) float32 at 16 kHz. Raises speech.AlignmentError where there is nothing to align."""
@@ -144,8 +146,8 @@ def _to_the_end(phones: list[Phone], seconds: float) -> list[Phone]:
 def doubt(samples: np.ndarray, phones: list[Phone], confidence: float) -> str | None:
     """Why these labels of a clip are not to be trusted, or None.
 
-    samples (n,) at 16 kHz. What is looked at: how sure the recogniser was, loud sound in what should be a pause, silence in
-    what should be a vowel, and sounds longer than anyone makes.
+    samples (n,) at 16 kHz. What is looked at: how sure the recogniser was, loud sound in what should be a pause,
+    silence in what should be a vowel, and sounds longer than anyone makes.
     """
     frames = len(samples) // 160                                    # of 10 ms, like the aligner's
     seconds = len(samples) / RATE
@@ -172,10 +174,12 @@ def doubt(samples: np.ndarray, phones: list[Phone], confidence: float) -> str | 
     return None
 
 
-# ----------------------------------------------------------------------------------------------------------- the recordings
+# ----------------------------------------------------------------------------------------------------- the recordings
 
 def read(path: Path) -> np.ndarray:
-    """(n,) float32 mono at 16 kHz of a file that libsndfile or, for .g722, PyAV reads. Raises AudioError, MissingPackage."""
+    """(n,) float32 mono at 16 kHz of a file that libsndfile or, for .g722, PyAV reads.
+
+    Raises AudioError, MissingPackage."""
     if path.suffix.lower() != ".g722":
         return load_audio(path).samples
     check_packages(g722=True)
@@ -269,8 +273,8 @@ def label_folder(folder: Path, progress: bool = True) -> tuple[list[_Labelled], 
 
 def label_recordings(out: str | Path, folders: list[str | Path] | None = None, licence: str | None = None,
                      progress: bool = True) -> dict:
-    """Label the recordings of some speakers, a folder each (Debian's Asterisk prompts where none is given), and write them
-    into `out`, which must not exist or be empty; returns the manifest. The same recordings give the same files.
+    """Label the recordings of some speakers, a folder each (Debian's Asterisk prompts where none is given), and write
+    them into `out`, which must not exist or be empty; returns the manifest. The same recordings give the same files.
 
     licence: of the folders given, for the manifest.
 
@@ -279,7 +283,7 @@ def label_recordings(out: str | Path, folders: list[str | Path] | None = None, l
     """
     import soundfile
 
-    out = Path(out)
+    out = Path(out).resolve()
     chosen = [Path(folder) for folder in folders] if folders else [ASTERISK]
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecordingsError(f"{out}: exists and is not an empty folder")
@@ -338,7 +342,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-# -------------------------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------------------------- the command
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code (2: one line on stderr says what is wrong)."""
@@ -366,11 +370,12 @@ def main(arguments: list[str] | None = None) -> int:
     speakers = manifest["speakers"]
     if options.json:
         told = ("clips", "seconds", "phones", "bilabials")
-        print(json.dumps({"output": options.out, "speakers": {s: {k: v[k] for k in told} for s, v in speakers.items()}}))
+        figures = {name: {key: about[key] for key in told} for name, about in speakers.items()}
+        print(json.dumps({"output": options.out, "speakers": figures}))
         return 0
     for name, speaker in speakers.items():
-        print(f"{options.out}/{name}: {speaker['clips']} clips, {speaker['seconds'] / 60:.1f} min, {speaker['phones']} phones "
-              f"({speaker['bilabials']} of p, b, m)")
+        print(f"{options.out}/{name}: {speaker['clips']} clips, {speaker['seconds'] / 60:.1f} min, "
+              f"{speaker['phones']} phones ({speaker['bilabials']} of p, b, m)")
         for reason, count in Counter(speaker["left_out"].values()).most_common():
             print(f"  left out: {count} ({reason})")
     return 0
