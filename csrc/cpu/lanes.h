@@ -172,6 +172,8 @@ void load_rows(typename L::V* rows, int64_t pitch, const Array& array, int64_t i
     const M* from = (const M*)array.data + i * array.stride[0] + j0 * row + c0 * step;
     if (valid >= R * L::W && step == 1) {
       for (int64_t t = 0; t < count; ++t, from += row) {
+        // The next strip's part of the row, on its way to the L2 cache while this strip is computed.
+        if constexpr (R * L::W * sizeof(M) >= 64) __builtin_prefetch(from + R * L::W, 0, 2);
         for (int r = 0; r < R; ++r) {
           if constexpr (kSame<M, T>) {
             rows[r * pitch + t] = L::load((const T*)from + r * L::W);
