@@ -34,7 +34,7 @@ LONGEST = 30 * 60  # seconds; about 80 MB, all of which a browser decodes when t
 ERROR = 0.05e-3  # metres: the most that a vertex may be off
 _SHAPE_ERROR = (5e-6, 2.5e-6, 1e-6, 1e-7)  # metres: of the rounding of one shape at its largest weight; the first that does
 _BASE_STEP = 0.005  # millimetres; positions in the page are millimetres
-_PROBE = 1500  # frames looked at while choosing how many shapes to keep
+_PROBE = 500  # frames looked at while choosing how many shapes to keep
 
 _VIEWER = Path(__file__).with_name("viewer")
 
@@ -144,7 +144,7 @@ def _pack_motion(animation: Animation) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
     largest = np.abs(weights).max(axis=0, initial=0)
     peak = np.abs(shapes).max(axis=0, initial=0)
-    keep = largest * peak > 1e-9
+    keep = largest * peak > 1e-9  # a nanometre
     weights, shapes, largest, peak = weights[:, keep], shapes[:, keep], largest[keep], peak[keep]
     weight_unit = largest / 32767
     quantised_weights = np.round(weights / weight_unit).astype(np.int16)
@@ -156,8 +156,8 @@ def _pack_motion(animation: Animation) -> tuple[np.ndarray, np.ndarray, np.ndarr
         unit = shape_step * weight_unit  # metres per (unit of weight x unit of shape)
 
         def error(count: int, frames: np.ndarray | slice) -> float:
-            left = np.concatenate([centred[frames], -quantised_weights[frames, :count] * unit[:count]], 1).astype(np.float32)
-            right = np.concatenate([basis, quantised[:, :count]], axis=1).astype(np.float32).T
+            left = np.concatenate([weights[frames], -quantised_weights[frames, :count] * unit[:count]], 1).astype(np.float32)
+            right = np.concatenate([shapes, quantised[:, :count]], axis=1).astype(np.float32).T
             worst = 0.0
             for start in range(0, len(left), 256):
                 off = (left[start:start + 256] @ right + base_error.astype(np.float32)).reshape(-1, 3)
