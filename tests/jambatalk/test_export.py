@@ -9,6 +9,7 @@ import re
 import zipfile
 import zlib
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -339,3 +340,16 @@ def test_names_with_spaces_and_letters_of_all_kinds(tmp_path):
     for extension in export.FORMATS:
         path = tmp_path / f"mein Gesicht – 顔{extension}"
         assert clip().save(path) is None and path.stat().st_size > 1000
+
+
+def test_the_viewer_is_installed_with_the_package():
+    """The page's template is data, and data reaches a wheel only by a pattern in pyproject.toml."""
+    tomllib = pytest.importorskip("tomllib")
+    package = Path(export.__file__).parent.parent
+    project = package.parent / "pyproject.toml"
+    if not project.is_file():
+        pytest.skip("the tests run against an installed package: the other tests of the page show that it is whole")
+    patterns = tomllib.loads(project.read_text("utf-8"))["tool"]["setuptools"]["package-data"]["jambatalk"]
+    patterns = [pattern + "/*" if pattern.endswith("**") else pattern for pattern in patterns]
+    reached = {path for pattern in patterns for path in package.glob(pattern)}
+    assert {package / "export" / "viewer" / name for name in ("page.html", "style.css", "viewer.js")} <= reached
