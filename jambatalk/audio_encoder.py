@@ -7,10 +7,11 @@ Two ways to lay it over time, `AudioEncoderConfig.context`:
 `full` (the paper's; what pretrained checkpoints expect): samples normalised over the clip, features stretched linearly
 over the frames, every frame sees the whole clip.
 
-`windowed`: a frame depends on a bounded piece of audio. Feature k of the convolutions is centred on sample 320 k (the audio is
-padded in front by half a receptive field), frame t is the moment t / fps, and lies between two features at an exact
-rational position: a fixed grid, 5 : 3 for 30 frames/s. Attention sees `attention_back` frames back and `attention_ahead`
-frames ahead; nothing is normalised over the clip. So a clip can be encoded in chunks, with the same result.
+`windowed`: a frame depends on a bounded piece of audio. Feature k of the convolutions is centred on sample 320 k (the
+audio is padded in front by half a receptive field), frame t is the moment t / fps, and lies between two features at an
+exact rational position: a fixed grid, 5 : 3 for 30 frames/s. Attention sees `attention_back` frames back and
+`attention_ahead` frames ahead; nothing is normalised over the clip. So a clip can be encoded in chunks, with the same
+result.
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ class AudioEncoder(nn.Module):
         """Projection, positional convolution, transformer: (batch, frames, conv_dim[-1]) -> (batch, frames, hidden).
 
         visible: (batch or 1, frames, frames) bool, who [query] sees whom [key]; None: all see all.
-        valid: (batch, frames) bool; padding is zeroed, so that the positional convolution sees there what it sees beyond
-        the end of a clip. None: all are.
+        valid: (batch, frames) bool; padding is zeroed, so that the positional convolution sees there what it sees
+        beyond the end of a clip. None: all are.
         """
         x = self.feature_projection(features)
         x = x[0] if isinstance(x, tuple) else x  # older releases of transformers return the tensor alone
@@ -111,7 +112,9 @@ class AudioEncoder(nn.Module):
         counts = [round(Fraction(size, SAMPLING_RATE) * self.fps) for size in sizes]
         total = max(counts, default=0) if frames is None else frames
         if frames is not None:  # a caller may have rounded an exact duration that n samples cannot tell
-            counts = [frames if size == max(sizes) else min(count, frames) for size, count in zip(sizes, counts)]
+            longest = max(sizes)
+            pairs = zip(sizes, counts, strict=True)
+            counts = [frames if size == longest else min(count, frames) for size, count in pairs]
         if total < 1 or not batch:
             return samples.new_zeros(batch, max(total, 0), self.config.hidden)
         if self.config.context == "full":
@@ -120,7 +123,8 @@ class AudioEncoder(nn.Module):
 
     def _full(self, samples: Tensor, sizes: list[int], counts: list[int], total: int) -> Tensor:
         rows = []
-        for row, size, count in zip(samples, sizes, counts):  # one by one: the front end may normalise over the clip
+        # One by one: the front end may normalise over the clip.
+        for row, size, count in zip(samples, sizes, counts, strict=True):
             clip = row[:size]
             clip = (clip - clip.mean()) / torch.sqrt(clip.var(correction=0) + 1e-7)
             # Less than one feature's audio is completed with silence.
@@ -161,8 +165,8 @@ class AudioEncoder(nn.Module):
             yield start, x[:, start - first : stop - first]
 
     def resampled(self, samples: Tensor, first: int, last: int) -> Tensor:
-        """windowed: the convolutions' features at frames [first, last), each between its two neighbours at 50 Hz. Samples
-        beyond both ends count as zero. (batch, last - first, conv_dim[-1])"""
+        """windowed: the convolutions' features at frames [first, last), each between its two neighbours at 50 Hz.
+        Samples beyond both ends count as zero. (batch, last - first, conv_dim[-1])"""
         step = self.config.feature_position(1, self.fps)
         positions = [step * frame for frame in range(first, last)]
         before = torch.tensor([p.numerator // p.denominator for p in positions], device=samples.device)

@@ -22,8 +22,8 @@ class ConfigError(ValueError):
 class AudioEncoderConfig:
     """A Wav2Vec 2.0 encoder and how it is laid over time. The defaults are facebook/wav2vec2-base-960h."""
 
-    # "full": the paper's. Per-clip normalisation, features stretched linearly so that the first and the last fall on the
-    # first and the last frame, attention over the whole clip. What pretrained checkpoints expect.
+    # "full": the paper's. Per-clip normalisation, features stretched linearly so that the first and the last fall on
+    # the first and the last frame, attention over the whole clip. What pretrained checkpoints expect.
     # "windowed": fixed gain, features resampled on a fixed grid, bounded attention: a frame depends on a bounded piece
     # of audio.
     context: str = "full"
@@ -36,7 +36,7 @@ class AudioEncoderConfig:
     conv_kernel: list[int] = field(default_factory=lambda: [10, 3, 3, 3, 3, 2, 2])
     conv_stride: list[int] = field(default_factory=lambda: [5, 2, 2, 2, 2, 2, 2])
     conv_bias: bool = False
-    conv_norm: str = "group"  # "group": over the whole clip, after the first convolution; "layer": per feature, after each
+    conv_norm: str = "group"  # over the whole clip, after the first convolution; "layer": per feature, after each
     hidden: int = 768
     layers: int = 12
     heads: int = 12
@@ -82,7 +82,7 @@ class AudioEncoderConfig:
     def receptive_field(self) -> int:
         """Samples that one feature of the convolutions sees (400 for Wav2Vec 2.0)."""
         samples = 1
-        for kernel, stride in zip(reversed(self.conv_kernel), reversed(self.conv_stride)):
+        for kernel, stride in zip(reversed(self.conv_kernel), reversed(self.conv_stride), strict=True):
             samples = (samples - 1) * stride + kernel
         return samples
 
@@ -137,7 +137,7 @@ class JambaTalkConfig:
     attention_window: int | None = None  # frames; None: all of them
     rope_base: float = 10000.0
     period: int | None = 30  # frames, of the periodic positional encoding; None: none
-    motion_rank: int | None = None  # None: motion is 3 * vertices displacements; else coefficients of a basis of this rank
+    motion_rank: int | None = None  # None: motion is 3 * vertices displacements; else coefficients of so many shapes
     dropout: float = 0.0  # on the output of every mixer and MLP of the decoder, in training
     norm_eps: float = 1e-6
     subjects: list[str] = field(default_factory=list)  # training identities, in the order of the style embedding

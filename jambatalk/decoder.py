@@ -213,8 +213,8 @@ class Decoder(nn.Module):
                 state: DecoderState | None = None) -> tuple[Tensor, list[Routing], DecoderState | None]:
         """x (batch, length, d), history already in it -> hidden (batch, length, d) after the final norm.
 
-        valid: (batch, length) bool; padding, at the end of each sequence, is not routed to experts. The valid frames of a
-        causal decoder cannot see it.
+        valid: (batch, length) bool; padding, at the end of each sequence, is not routed to experts. The valid frames of
+        a causal decoder cannot see it.
         state: what earlier frames left (`new_state` for none); the advanced one is returned, the given one is not
         changed. Its `feedback` is the caller's affair.
 

@@ -76,8 +76,8 @@ class JambaTalk(nn.Module):
         """Fill the buffers that describe the face.
 
         templates: (subjects, V, 3) metres, in the order of `config.subjects`. faces: (F, 3) vertex indices, or None.
-        regions: name -> index or label array, kept as `region_<name>`. opening_scale: metres, the inner-lip gap above the
-        template's that counts as open.
+        regions: name -> index or label array, kept as `region_<name>`. opening_scale: metres, the inner-lip gap above
+        the template's that counts as open.
         """
         templates = torch.as_tensor(templates, dtype=torch.float32)
         if templates.shape != self.templates.shape:
@@ -103,8 +103,8 @@ class JambaTalk(nn.Module):
         return len(self.config.subjects)
 
     def style_vector(self, style: Tensor | str | int | None, batch: int) -> Tensor:
-        """(batch, d). style: (batch,) ids; (batch, d) vectors, taken as they are; one id or one training identity's name
-        for all; "mean" of the training identities; "unknown" or None."""
+        """(batch, d). style: (batch,) ids; (batch, d) vectors, taken as they are; one id or one training identity's
+        name for all; "mean" of the training identities; "unknown" or None."""
         if isinstance(style, Tensor):
             if style.is_floating_point():
                 return style
@@ -141,8 +141,8 @@ class JambaTalk(nn.Module):
                valid: Tensor | None = None) -> tuple[Tensor, list[Routing]]:
         """Teacher-forced, all frames in parallel.
 
-        features: (batch, frames, d) from `encode`. history: (batch, frames, motion_size), the motion of the frame before
-        each; history[:, 0] belongs to the frame before the first and is zero (W_m's bias counts all the same).
+        features: (batch, frames, d) from `encode`. history: (batch, frames, motion_size), the motion of the frame
+        before each; history[:, 0] belongs to the frame before the first and is zero (W_m's bias counts all the same).
         style: see `style_vector`. valid: (batch, frames) bool, to keep padding out of the routings.
 
         Returns motion (batch, frames, motion_size) and the routing of each mixture-of-experts layer, for
@@ -168,8 +168,8 @@ class JambaTalk(nn.Module):
                  lengths: Tensor | None = None, program: Program | None = None) -> tuple[Tensor, DecoderState]:
         """Autoregressive: each frame is fed with the motion of the one before. Continues from `state`.
 
-        Feedback is folded: W_m (W_out h + b_out) is one d x d matrix on the hidden vector, so the loop never touches the
-        motion. lengths: (batch,) frames of each sequence; the motion beyond is W_out's bias.
+        Feedback is folded: W_m (W_out h + b_out) is one d x d matrix on the hidden vector, so the loop never touches
+        the motion. lengths: (batch,) frames of each sequence; the motion beyond is W_out's bias.
         program: from `self.program()`, to fold once for many calls.
 
         Returns motion (batch, frames, motion_size) and the state for the frames that follow.
@@ -316,8 +316,8 @@ class JambaTalk(nn.Module):
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike | None = None,
                         device: torch.device | str | None = None) -> JambaTalk:
-        """Load a folder with config.json and model.safetensors, or a hub id; the bundled demo by default. The model comes
-        in evaluation mode, in float32.
+        """Load a folder with config.json and model.safetensors, or a hub id; the bundled demo by default. The model
+        comes in evaluation mode, in float32.
 
         Raises CheckpointError, one line: no such folder, a missing file or tensor, a wrong shape, an unreadable file.
         """
@@ -346,7 +346,7 @@ def _folder(source: str | os.PathLike) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise CheckpointError(f"{folder}: a checkpoint is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, this is a file")
+        raise CheckpointError(f"{folder}: a file; a checkpoint is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
     name = os.fspath(source)
     local = name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/") or folder.parent.is_dir()
     if local:
@@ -392,7 +392,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     if head[:2] == b"PK" or head[:1] == b"\x80":  # torch.save writes a zip, older ones and pickle.dump start with PROTO
         if head[8:] != b"{":  # a safetensors header is JSON after eight bytes of length
-            raise CheckpointError(f"{path}: a pickle in place of safetensors; pickles are not loaded (they can run code)")
+            raise CheckpointError(f"{path}: a pickle in place of safetensors; they are not loaded (they can run code)")
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
@@ -400,8 +400,8 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _fit(model: JambaTalk, tensors: dict[str, Tensor], path: Path) -> None:
-    """Check names and shapes, give the model the buffers whose size is the checkpoint's own, and turn half precision into
-    the model's."""
+    """Check names and shapes, give the model the buffers whose size is the checkpoint's own, and turn half precision
+    into the model's."""
     if "faces" in tensors and tensors["faces"].dim() == 2 and tensors["faces"].shape[1] == 3:
         model.faces = torch.zeros_like(tensors["faces"])
     for name, value in tensors.items():
@@ -413,8 +413,8 @@ def _fit(model: JambaTalk, tensors: dict[str, Tensor], path: Path) -> None:
         raise CheckpointError(f"{path}: {_count(missing, 'tensor')} missing, the first is {missing[0]}")
     surplus = sorted(set(tensors) - set(expected))
     if surplus:
-        raise CheckpointError(f"{path}: {_count(surplus, 'tensor')} that the configuration has no place for, the first is "
-                              f"{surplus[0]}")
+        raise CheckpointError(f"{path}: {_count(surplus, 'tensor')} that the configuration has no place for, "
+                              f"the first is {surplus[0]}")
     for name, want in expected.items():
         if tensors[name].shape != want.shape:
             raise CheckpointError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, the configuration needs "

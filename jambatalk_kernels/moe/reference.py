@@ -45,7 +45,7 @@ def moe_route(logits: Tensor, top_k: int, renormalize: bool = False) -> Routing:
 
 
 def load_balancing_loss(routing: Routing) -> Tensor:
-    experts, top_k = routing.probabilities.shape[-1], routing.weights.shape[-1]
+    experts = routing.probabilities.shape[-1]
     tokens = max(routing.weights.shape[0], 1)  # no tokens: the loss is zero, not NaN
     # f_e: how many picks per token fall on expert e, all top_k of them counted (so the f_e sum to top_k).
     share = (routing.offsets[1:] - routing.offsets[:-1]).to(routing.probabilities.dtype) / tokens

@@ -11,8 +11,8 @@ from safetensors.torch import load, save_file
 from jambatalk.config import JambaTalkConfig
 from jambatalk.model import CheckpointError, JambaTalk
 
-ENCODER = dict(context="windowed", conv_dim=[8] * 7, conv_bias=True, conv_norm="layer", pre_norm=True, hidden=16, heads=2,
-               ffn=24, layers=1, pos_conv_kernel=3, pos_conv_groups=2, attention_back=4, attention_ahead=1)
+ENCODER = dict(context="windowed", conv_dim=[8] * 7, conv_bias=True, conv_norm="layer", pre_norm=True, hidden=16,
+               heads=2, ffn=24, layers=1, pos_conv_kernel=3, pos_conv_groups=2, attention_back=4, attention_ahead=1)
 CONFIG = dict(vertices=6, d_model=16, heads=4, hidden=12, states=4, subjects=["ann", "bob"], encoder=ENCODER)
 
 
@@ -41,7 +41,8 @@ def test_round_trip(rank, tmp_path):
     mine, theirs = model.state_dict(), loaded.state_dict()
     assert list(mine) == list(theirs)
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    assert {name: value.tolist() for name, value in loaded.regions.items()} == {"lips": [1, 2], "part": [0, 0, 0, 1, 1, 6]}
+    regions = {name: value.tolist() for name, value in loaded.regions.items()}
+    assert regions == {"lips": [1, 2], "part": [0, 0, 0, 1, 1, 6]}
     samples = 0.1 * np.random.default_rng(0).standard_normal(8000).astype(np.float32)
     np.testing.assert_array_equal(loaded.animate(samples).vertices, model.animate(samples).vertices)
 

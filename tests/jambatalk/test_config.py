@@ -22,7 +22,8 @@ def test_presets_are_the_design_table():
     assert [(c.d_model, c.heads, c.kv_heads) for c in (vocaset, biwi, demo)] == [(512, 8, 1), (512, 8, 1), (128, 4, 1)]
     assert [c.hidden for c in (vocaset, biwi, demo)] == [1024, 1024, 256]
     assert [c.attention_window for c in (vocaset, biwi, demo)] == [None, None, 300]
-    assert all((c.experts, c.top_k, c.states, c.conv_width, c.expand) == (4, 2, 16, 4, 2) for c in (vocaset, biwi, demo))
+    for config in (vocaset, biwi, demo):
+        assert (config.experts, config.top_k, config.states, config.conv_width, config.expand) == (4, 2, 16, 4, 2)
     assert vocaset.motion_size == 15069 and biwi.motion_size == 70110 and demo.motion_size == 64
     assert (vocaset.encoder.hidden, vocaset.encoder.layers) == (768, 12)
     assert vocaset.encoder.context == "full" and vocaset.encoder.freeze_front_end

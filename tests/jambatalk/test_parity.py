@@ -75,7 +75,8 @@ def test_layer_equals_transformers_jamba(kind):
     torch.testing.assert_close(same.grad, x.grad, rtol=1e-4, atol=1e-4)
     gradients = ours_with_the_weights_of(_gradients_as_weights(theirs), kind).state_dict()
     for name, parameter in mine.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-4, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-4,
+                                   msg=lambda text, name=name: f"{name}: {text}")
 
 
 def _gradients_as_weights(layer: nn.Module) -> nn.Module:
@@ -112,7 +113,7 @@ def test_attention_rotation_is_transformers_llama_rotation():
     """Jamba has no rotation; the convention (halves, not interleaved; base 10000) is that of Llama."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    from jambatalk_kernels.attention.reference import rotate_grouped, rotary_table
+    from jambatalk_kernels.attention.reference import rotary_table, rotate_grouped
 
     q, k = torch.randn(1, 7, 4, 8), torch.randn(1, 7, 2, 8)
     cos, sin = rotary_table(torch.arange(7), 8)

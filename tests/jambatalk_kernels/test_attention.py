@@ -1,5 +1,7 @@
 """Rotary attention against a naive definition: masks, windows, packing, caches, gradients, memory."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -42,8 +44,8 @@ def naive(q, k, v, cos, sin, causal=True, window=None, scale=None, interleaved=F
 
 
 @pytest.mark.parametrize("options", [
-    dict(), dict(causal=False), dict(window=1), dict(window=3), dict(window=50), dict(interleaved=True), dict(scale=0.7),
-    dict(window=4, interleaved=True),
+    dict(), dict(causal=False), dict(window=1), dict(window=3), dict(window=50), dict(interleaved=True),
+    dict(scale=0.7), dict(window=4, interleaved=True),
 ])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_equals_the_naive_definition(options, kv_heads, monkeypatch):
@@ -81,7 +83,7 @@ def test_packed_sequences_do_not_see_each_other(window, monkeypatch):
     q, k, v, cos, sin = make(batch=1, length=13)
     bounds = [0, 5, 5, 12, 13]  # one of them is empty
     packed = rope_attention(q, k, v, cos, sin, window=window, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
-    for a, b in zip(bounds, bounds[1:]):
+    for a, b in pairwise(bounds):
         if a < b:
             alone = rope_attention(*(t[:, a:b] for t in (q, k, v)), cos[a:b], sin[a:b], window=window)
             torch.testing.assert_close(packed[:, a:b], alone)
@@ -161,6 +163,6 @@ def test_empty():
     (dict(backend="cuda"), RuntimeError, "rope_attention"),
 ])
 def test_errors_name_the_argument(change, error, text):
-    arguments = dict(zip(("q", "k", "v", "cos", "sin"), make(dtype=torch.float32)))
+    arguments = dict(zip(("q", "k", "v", "cos", "sin"), make(dtype=torch.float32), strict=True))
     with pytest.raises(error, match=text):
         rope_attention(**(arguments | change))
