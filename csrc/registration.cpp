@@ -112,7 +112,11 @@ PyMODINIT_FUNC PyInit__jambatalk_native(void) {
   PyObject* result = PyModule_Create(&module);
   if (result == nullptr) return nullptr;
   PyModule_AddIntConstant(result, "VERSION", JAMBATALK_NATIVE_VERSION);
-  PyModule_AddStringConstant(result, "COMPILER", __VERSION__);
+#if defined(__clang__)
+  PyModule_AddStringConstant(result, "COMPILER", __VERSION__);  // names itself
+#else
+  PyModule_AddStringConstant(result, "COMPILER", "GCC " __VERSION__);
+#endif
   PyModule_AddStringConstant(result, "BUILT_WITH_TORCH", JAMBATALK_BUILT_WITH_TORCH);
   return result;
 }

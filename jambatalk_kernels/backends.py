@@ -31,6 +31,8 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 ENVIRONMENT_VARIABLE = "JAMBATALK_KERNELS_BACKEND"
 NATIVE_MODULE = "_jambatalk_native"
+# Must equal JAMBATALK_NATIVE_VERSION in csrc/registration.cpp: a clone may run beside a library built from older sources.
+NATIVE_VERSION = 1
 
 # (op, backend, architecture) -> the file in benchmarks/results/ that shows the kernel running there. A GPU kernel
 # without a row is chosen only when forced. The CPU kernels are not listed: the test suite runs them wherever it runs.
@@ -60,9 +62,15 @@ def _load_native() -> tuple[bool, str]:
     if spec is None:
         return False, "the native library is not installed (run `pip install .`; a C++ compiler is needed)"
     try:
-        importlib.import_module(NATIVE_MODULE)
+        module = importlib.import_module(NATIVE_MODULE)
     except (ImportError, OSError) as error:
         return False, f"the native library at {spec.origin} does not load: {error}"
+    version = getattr(module, "VERSION", None)
+    if version != NATIVE_VERSION:
+        return False, (
+            f"the native library at {spec.origin} is version {version} and these sources need {NATIVE_VERSION} "
+            "(run `pip install .` again)"
+        )
     return True, f"loaded from {spec.origin}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from jambatalk_kernels.autograd import first_derivative
 from jambatalk_kernels.backends import choose, native_library
 from jambatalk_kernels.causal_conv1d.reference import conv_reference, conv_step_reference
 from jambatalk_kernels.checks import FLOATS, check_cu_seqlens, check_tensor
@@ -199,12 +200,12 @@ class _CausalConv1d(torch.autograd.Function):
         return y, final_state
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, grad_final_state):
         x, weight, bias, initial_state, cu_seqlens = ctx.saved_tensors
-        dx, dweight, dbias, dinitial_state = torch.ops.jambatalk.causal_conv1d_backward.default(
-            grad_y, grad_final_state, x, weight, bias, initial_state, cu_seqlens, ctx.silu
-        )
+        dx, dweight, dbias, dinitial_state = first_derivative(
+            "causal_conv1d", torch.ops.jambatalk.causal_conv1d_backward.default, grad_y, grad_final_state, x, weight,
+            bias, initial_state, cu_seqlens, ctx.silu,
+        )  # fmt: skip
         return (
             dx,
             dweight,

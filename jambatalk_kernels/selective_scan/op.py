@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from jambatalk_kernels.autograd import first_derivative
 from jambatalk_kernels.backends import choose, native_library
 from jambatalk_kernels.checks import FLOATS, check_cu_seqlens, check_tensor
 from jambatalk_kernels.selective_scan.reference import compute_dtype, scan_reference, scan_step_reference
@@ -253,12 +254,11 @@ class _SelectiveScan(torch.autograd.Function):
         return y, final_state
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, grad_final_state):
         u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, chunk_states = ctx.saved_tensors
-        grads = torch.ops.jambatalk.selective_scan_backward.default(
-            grad_y, grad_final_state, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, chunk_states,
-            ctx.delta_softplus,
+        grads = first_derivative(
+            "selective_scan", torch.ops.jambatalk.selective_scan_backward.default, grad_y, grad_final_state, u, delta, A,
+            B, C, D, z, delta_bias, initial_state, cu_seqlens, chunk_states, ctx.delta_softplus,
         )  # fmt: skip
         du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state = grads
         return (
