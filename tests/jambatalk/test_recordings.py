@@ -70,6 +70,13 @@ def refused(capsys, *arguments):
     return line
 
 
+def pretend(monkeypatch, session, tokens, blank_bias):
+    """A recogniser with this session; the last token is the blank."""
+    settings = SimpleNamespace(temperature=.95, blank_bias=blank_bias)
+    model = SimpleNamespace(session=session, decoder_tokens=tokens, blank_id=len(tokens) - 1, decode_cfg=settings)
+    monkeypatch.setattr(recordings, "_recogniser", lambda: model)
+
+
 def digest(directory):
     return {p.relative_to(directory).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
             for p in sorted(directory.rglob("*")) if p.is_file()}
@@ -84,16 +91,31 @@ def test_tokens_are_collapsed_into_words_of_arpabet(monkeypatch):
     scores[np.arange(len(frames)), frames] = -.5
     scores[len(frames):, 0] = 0                                         # beyond the length: not to be read
     session = SimpleNamespace(run=lambda names, feeds: [scores[None], np.array([len(frames)])])
-    fake = SimpleNamespace(session=session, decoder_tokens=tokens, blank_id=5)
-    monkeypatch.setattr(recordings, "_recogniser", lambda: fake)
+    pretend(monkeypatch, session, tokens, blank_bias=0.)
     assert recordings.hear(np.zeros(800, np.float32)) == ([["P", "P", "AY"], ["CH"]], -.5)
 
 
 def test_nothing_heard_is_no_word_and_no_confidence(monkeypatch):
     session = SimpleNamespace(run=lambda names, feeds: [np.array([[[-9., 0.]]]), np.array([1])])
-    monkeypatch.setattr(recordings, "_recogniser",
-                        lambda: SimpleNamespace(session=session, decoder_tokens=["p", "<blank>"], blank_id=1))
+    pretend(monkeypatch, session, ["p", "<blank>"], blank_bias=0.)
     assert recordings.hear(np.zeros(800, np.float32)) == ([], -np.inf)
+
+
+def test_blanks_are_handicapped_as_the_recogniser_has_it(monkeypatch):
+    session = SimpleNamespace(run=lambda names, feeds: [np.array([[[-.8, -.75]]], np.float32), np.array([1])])
+    for bias, words in ((-.1, [["P"]]), (0., [])):
+        pretend(monkeypatch, session, ["p", "<blank>"], bias)
+        assert recordings.hear(np.zeros(800, np.float32))[0] == words
+
+
+@needs_labellers
+def test_words_are_those_of_the_recogniser_itself():
+    import hama
+
+    samples = recordings.read(DEMO)
+    told = [token for word in hama.ASRModel()(samples, RATE).word_phoneme_text.split("|") for token in word.split()]
+    heard = [phone for word in recordings.hear(samples)[0] for phone in word]
+    assert heard == [phone for token in told for phone in recordings._IPA.get(token, "").split()] and len(heard) > 30
 
 
 def test_every_sound_of_the_recogniser_has_a_phone():
@@ -168,8 +190,6 @@ def test_unusable_recordings_leave_nothing(scripted, folder, tmp_path, capsys, m
 
 @needs_labellers
 def test_real_packages_find_phones_where_the_sound_is(tmp_path):
-    if not DEMO.exists():
-        pytest.skip("jambatalk/assets/demo.wav is not there")
     samples = recordings.read(DEMO)
     voice = tmp_path / "voice"
     voice.mkdir()
@@ -192,8 +212,6 @@ def test_real_packages_find_phones_where_the_sound_is(tmp_path):
 @needs_labellers
 def test_phones_are_aligned_as_their_text_is(tmp_path):
     """The aligner given phones does what it does given words: the same times."""
-    if not DEMO.exists():
-        pytest.skip("jambatalk/assets/demo.wav is not there")
     samples = recordings.read(DEMO)[:3 * RATE]
     words, _ = recordings.hear(samples)
     once, again = (speech.align_phones(samples, words) for _ in range(2))

@@ -91,7 +91,9 @@ def hear(samples: np.ndarray) -> tuple[list[list[str]], float]:
     waveform = {"waveform": samples[None].astype(np.float32), "waveform_lengths": np.array([len(samples)], np.int64)}
     scores, length = model.session.run(["log_probs", "out_lengths"], waveform)
     scores = np.asarray(scores[0])[: int(np.asarray(length).reshape(-1)[0])]
-    best = scores.argmax(axis=1)
+    handicapped = scores / np.float32(model.decode_cfg.temperature)         # as the package decodes: blanks win less often
+    handicapped[:, model.blank_id] += np.float32(model.decode_cfg.blank_bias)
+    best = handicapped.argmax(axis=1)
     said = best != model.blank_id
     # Connectionist temporal classification: a token lasts while it repeats, blanks part tokens.
     new = said & (np.diff(best, prepend=-1) != 0)
@@ -111,7 +113,7 @@ def _recogniser():
     import hama
 
     model = hama.ASRModel()
-    if not all(hasattr(model, name) for name in ("session", "decoder_tokens", "blank_id")):
+    if not all(hasattr(model, name) for name in ("session", "decoder_tokens", "blank_id", "decode_cfg")):
         raise MissingPackage(f"this needs another release of the package `hama` (1.7): {_EXTRA}")
     return model
 
