@@ -91,7 +91,7 @@ def hear(samples: np.ndarray) -> tuple[list[list[str]], float]:
     waveform = {"waveform": samples[None].astype(np.float32), "waveform_lengths": np.array([len(samples)], np.int64)}
     scores, length = model.session.run(["log_probs", "out_lengths"], waveform)
     scores = np.asarray(scores[0])[: int(np.asarray(length).reshape(-1)[0])]
-    handicapped = scores / np.float32(model.decode_cfg.temperature)         # as the package decodes: blanks win less often
+    handicapped = scores / np.float32(model.decode_cfg.temperature)  # the package decodes so: blanks win less often
     handicapped[:, model.blank_id] += np.float32(model.decode_cfg.blank_bias)
     best = handicapped.argmax(axis=1)
     said = best != model.blank_id
