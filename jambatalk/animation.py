@@ -2,8 +2,8 @@
 
     vertices[t] = template + (basis @ coefficients[t] + offset).reshape(V, 3)
 
-An hour at 30 frames/s is 108000 frames: 28 MB of coefficients against 6.6 GB of vertices. So vertices are computed where
-they are asked for, and `iter_vertices` hands them to a writer a few at a time.
+An hour at 30 frames/s is 108000 frames: 28 MB of coefficients against 6.6 GB of vertices. So vertices are computed
+where they are asked for, and `iter_vertices` hands them to a writer a few at a time.
 
 Numpy only: an animation can be read, resampled and written where there is no torch.
 """
@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Iterator
 
 import numpy as np
 
@@ -61,8 +61,10 @@ class Animation:
         if self.template.shape[1] != 3 or self.faces.shape[1] != 3:
             raise ValueError(f"template {self.template.shape} and faces {self.faces.shape} must have 3 columns")
         if self.basis.shape != (numbers, self.coefficients.shape[1]):
-            raise ValueError(f"basis must be {(numbers, self.coefficients.shape[1])} for template {self.template.shape} "
-                             f"and coefficients {self.coefficients.shape}, not {self.basis.shape}")
+            raise ValueError(
+                f"basis must be {(numbers, self.coefficients.shape[1])} for template {self.template.shape} "
+                f"and coefficients {self.coefficients.shape}, not {self.basis.shape}"
+            )
         if self.offset is not None:
             self.offset = _array("offset", self.offset, np.float32, 1)
             if self.offset.shape != (numbers,):
@@ -70,8 +72,11 @@ class Animation:
         if self.faces.size and not 0 <= self.faces.min() <= self.faces.max() < len(self.template):
             raise ValueError(f"faces must index the {len(self.template)} vertices of the template")
         if self.duration is None:
-            self.duration = (Fraction(self.frames) / self.fps if self.audio is None
-                             else Fraction(len(self.audio[0]), int(self.audio[1])))
+            self.duration = (
+                Fraction(self.frames) / self.fps
+                if self.audio is None
+                else Fraction(len(self.audio[0]), int(self.audio[1]))
+            )
 
     @property
     def frames(self) -> int:
@@ -104,8 +109,8 @@ class Animation:
     def resample(self, fps: int | float | str | Fraction) -> Animation:
         """The same motion at another frame rate: round(duration * fps) frames, straight lines between the old ones.
 
-        Times are exact fractions, so frames that fall on an old frame are that frame, bit for bit, however long the clip.
-        After the last old frame the face holds still. Raises AudioError where no frame would be left.
+        Times are exact fractions, so frames that fall on an old frame are that frame, bit for bit, however long the
+        clip. After the last old frame the face holds still. Raises AudioError where no frame would be left.
         """
         fps = exact_fps(fps)
         frames = frames_for(self.duration, fps)

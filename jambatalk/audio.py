@@ -1,9 +1,9 @@
 """Any audio, as a file or an array, to 16 kHz mono float32, or one clear line that says why not.
 
 Files: whatever libsndfile reads (wav, flac, ogg, mp3, aiff, ...), any sample type, 4 kHz to 768 kHz, any number of
-channels (mixed down by their mean). Files are read, checked and resampled in blocks, so the memory is that of the result:
-64 kB for a second of sound. The exact duration is kept beside the samples as a fraction, because the number of frames of a
-clip is round(duration * fps) and a float would get the ties wrong.
+channels (mixed down by their mean). Files are read, checked and resampled in blocks, so the memory is that of the
+result: 64 kB for a second of sound. The exact duration is kept beside the samples as a fraction, because the number of
+frames of a clip is round(duration * fps) and a float would get the ties wrong.
 
 No torch here: a bad file is refused before anything heavy is imported.
 """
@@ -51,9 +51,9 @@ class Audio:
 def load(source: Any, sampling_rate: int | None = None) -> Audio:
     """Reads a file, or takes an array, as 16 kHz mono float32.
 
-    source: a path; an array or a tensor (on any device) of shape (n,), or two-dimensional with channels along the shorter
-        axis; or an `Audio`, which is returned as it is. Floating-point samples are taken as they are, integers are scaled
-        to [-1, 1) by the range of their type.
+    source: a path; an array or a tensor (on any device) of shape (n,), or two-dimensional with channels along the
+        shorter axis; or an `Audio`, which is returned as it is. Floating-point samples are taken as they are, integers
+        are scaled to [-1, 1) by the range of their type.
     sampling_rate: of an array, in Hz; 16000 if not given. A file states its own, and this is ignored.
 
     Raises AudioError with one line: missing, a folder, unreadable, empty, truncated, corrupt, no samples, NaN or Inf
@@ -67,7 +67,10 @@ def load(source: Any, sampling_rate: int | None = None) -> Audio:
 
 
 def exact_fps(fps: int | float | str | Fraction) -> Fraction:
-    """Frames per second as a fraction: 25, "30000/1001", 29.97 (= 2997/100, as written). Raises AudioError beyond (0, 1000]."""
+    """Frames per second as a fraction: 25, "30000/1001", 29.97 (= 2997/100, as written).
+
+    Raises AudioError unless it is above 0 and at most 1000.
+    """
     try:
         value = Fraction(repr(fps)) if isinstance(fps, float) else Fraction(fps)
     except (ValueError, TypeError, ZeroDivisionError):
@@ -84,12 +87,14 @@ def frames_for(duration: Fraction, fps: int | float | str | Fraction) -> int:
     if frames < 1:
         raise AudioError(
             f"the audio is too short for one frame: {float(duration) * 1000:.3g} ms, "
-            f"and a frame at {float(fps):g} fps is {1000 / float(fps):.3g} ms")
+            f"and a frame at {float(fps):g} fps is {1000 / float(fps):.3g} ms"
+        )
     return frames
 
 
 def check_file(path: str | os.PathLike) -> None:
-    """Raises AudioError for a file that is missing, empty, not a file or cut short: what can be told without decoding."""
+    """Raises AudioError for a file that is missing, empty, not a file or cut short: what can be told without
+    decoding."""
     path = os.fspath(path)
     try:
         if os.path.isdir(path):
@@ -128,7 +133,8 @@ def _load_file(path: str) -> Audio:
             promised = file.frames
             if converter.length < promised < 1 << 62:  # a FLAC stream of unknown length promises the largest integer
                 raise AudioError(
-                    f"{path}: it is truncated: its header promises {promised} samples and it holds {converter.length}")
+                    f"{path}: it is truncated: its header promises {promised} samples and it holds {converter.length}"
+                )
             return converter.finish(file.channels)
     except AudioError:
         raise
@@ -157,7 +163,7 @@ def _load_array(source: Any, sampling_rate: int) -> Audio:
     channels_last = array[:, None] if array.ndim == 1 else array if array.shape[0] > array.shape[1] else array.T
     converter = _Converter(int(sampling_rate), "audio")
     for start in range(0, len(channels_last), _BLOCK):
-        converter.add(_as_float(channels_last[start:start + _BLOCK]))
+        converter.add(_as_float(channels_last[start : start + _BLOCK]))
     return converter.finish(channels_last.shape[1])
 
 

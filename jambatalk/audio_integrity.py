@@ -1,11 +1,12 @@
 """Is this sound file whole? Checks of the container that decoders leave out.
 
-libsndfile reads what it finds: a wav file cut in half is, to it, a shorter wav file, and a damaged page of an Ogg file is
-a silent gap. A face made from such a file would be wrong without a word, so the container is walked here, before
+libsndfile reads what it finds: a wav file cut in half is, to it, a shorter wav file, and a damaged page of an Ogg file
+is a silent gap. A face made from such a file would be wrong without a word, so the container is walked here, before
 decoding, and what it promises is compared with what the file holds.
 
 Costs one pass over the file for Ogg (its pages carry checksums) and a few seeks for wav. FLAC needs nothing here: its
-frames carry checksums that the decoder verifies, and `jambatalk.audio` compares the number of samples with the header's.
+frames carry checksums that the decoder verifies, and `jambatalk.audio` compares the number of samples with the
+header's.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ _REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 def container_fault(path: str | os.PathLike) -> str | None:
     """What is wrong with the container of the sound file at `path`, as one clause, or None.
 
-    Knows wav (RIFF, RIFX, RF64) and Ogg; returns None for every other format. Raises OSError where the file cannot be read.
+    Knows wav (RIFF, RIFX, RF64) and Ogg; returns None for every other format. Raises OSError where the file cannot be
+    read.
     """
     with open(path, "rb") as file:
         magic = file.read(12)
@@ -71,8 +73,7 @@ def _ogg_fault(file: BinaryIO) -> str | None:
             return "it is corrupt: a page of its Ogg stream does not start where it should"
         if len(header) < 27:
             return "it is truncated: it ends inside a page of its Ogg stream"
-        flags, serial, sequence, checksum, segments = (
-            header[5], *struct.unpack("<III", header[14:26]), header[26])
+        flags, serial, sequence, checksum, segments = (header[5], *struct.unpack("<III", header[14:26]), header[26])
         lacing = file.read(segments)
         body_size = sum(lacing)
         body = file.read(body_size)

@@ -1,7 +1,7 @@
 """python -m jambatalk.infer [AUDIO ...] -o OUT: speech in, a talking face out.
 
-Nothing heavy is imported before the arguments, the outputs and the audio have been checked: a mistake costs a fraction of
-a second, and `--help` less.
+Nothing heavy is imported before the arguments, the outputs and the audio have been checked: a mistake costs a fraction
+of a second, and `--help` less.
 """
 
 from __future__ import annotations
@@ -29,19 +29,35 @@ def parser() -> argparse.ArgumentParser:
         description="Turns speech into a talking 3D face. Without AUDIO it speaks the bundled clip.",
         epilog="exit code: 0 done; 2 bad input, one line on stderr says what; 130 interrupted",
     )
-    p.add_argument("audio", nargs="*", type=Path, metavar="AUDIO", help="wav, flac, ogg, mp3, ...; any rate, any channels")
     p.add_argument(
-        "-o", "--output", metavar="OUT",
-        help="file to write, its extension names the format: .html (a page to open, with sound), .npz (vertices, faces, "
-        "template, fps) or .npy (vertices). Of several AUDIO: a pattern such as 'faces/{stem}.npz', or a folder for .html "
-        "(existing, or ending in / and then made). Default: {stem}.html in the current folder")
+        "audio", nargs="*", type=Path, metavar="AUDIO", help="wav, flac, ogg, mp3, ...; any rate, any channels"
+    )
+    p.add_argument(
+        "-o",
+        "--output",
+        metavar="OUT",
+        help="file to write, its extension names the format: .html (a page to open, with sound), .npz (vertices, "
+        "faces, template, fps) or .npy (vertices). Of several AUDIO: a pattern such as 'faces/{stem}.npz', or a folder "
+        "for .html (existing, or ending in / and then made). Default: {stem}.html in the current folder",
+    )
     p.add_argument("--model", metavar="DIR", help="checkpoint folder or hub id (default: the bundled demo)")
-    p.add_argument("--subject", metavar="NAME", help="whose face and speaking style: a training identity, by name or number, 'mean' or 'unknown' (default)")
-    p.add_argument("--fps", metavar="N", help="frames per second of the output, such as 25 or 30000/1001 (default: the model's)")
+    p.add_argument(
+        "--subject",
+        metavar="NAME",
+        help="whose face and speaking style: a training identity, by name or number, 'mean' or 'unknown' (default)",
+    )
+    p.add_argument(
+        "--fps", metavar="N", help="frames per second of the output, such as 25 or 30000/1001 (default: the model's)"
+    )
     p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
-    p.add_argument("--backend", choices=("cpu", "reference", "triton", "cuda"),
-                   help="kernels to run on; ops without them use the reference (default: the fastest there is)")
-    p.add_argument("--seed", type=int, default=0, help="of PyTorch's random numbers; the model itself draws none (default: 0)")
+    p.add_argument(
+        "--backend",
+        choices=("cpu", "reference", "triton", "cuda"),
+        help="kernels to run on; ops without them use the reference (default: the fastest there is)",
+    )
+    p.add_argument(
+        "--seed", type=int, default=0, help="of PyTorch's random numbers; the model itself draws none (default: 0)"
+    )
     p.add_argument("--json", action="store_true", help="print one JSON line a file instead of its path")
     p.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
     return p
@@ -113,7 +129,7 @@ def _plan(arguments: argparse.Namespace) -> list[tuple[Path, Path]]:
         except OSError as error:
             raise _Mistake(f"cannot make the folder {arguments.output}: {error.strerror}") from None
     taken: dict[Path, Path] = {}
-    for source, output in zip(sources, outputs):
+    for source, output in zip(sources, outputs, strict=True):
         export.check(output)
         real = Path(os.path.realpath(output))
         if real in taken:
@@ -121,7 +137,7 @@ def _plan(arguments: argparse.Namespace) -> list[tuple[Path, Path]]:
         if any(real == Path(os.path.realpath(other)) for other in sources):
             raise _Mistake(f"{output} is an input, and would be overwritten")
         taken[real] = source
-    return list(zip(sources, outputs))
+    return list(zip(sources, outputs, strict=True))
 
 
 def _output(source: Path, wish: str | None, count: int) -> Path:
@@ -132,7 +148,9 @@ def _output(source: Path, wish: str | None, count: int) -> Path:
     if wish.endswith(("/", os.sep)) or os.path.isdir(wish):
         return Path(wish) / f"{source.stem}.html"
     if count > 1:
-        raise _Mistake(f"-o {wish} is one file for {count} inputs: give a folder ({wish}/) or a pattern ('{{stem}}.npz')")
+        raise _Mistake(
+            f"-o {wish} is one file for {count} inputs: give a folder ({wish}/) or a pattern ('{{stem}}.npz')"
+        )
     return Path(wish)
 
 
@@ -180,7 +198,9 @@ def _check_backend(backend: str, device) -> None:
     selective_scan(x, x, state, x, x, backend=backend)
 
 
-def _animate(model, audio, source: Path, output: Path, seconds: dict[str, float], arguments: argparse.Namespace) -> dict:
+def _animate(
+    model, audio, source: Path, output: Path, seconds: dict[str, float], arguments: argparse.Namespace
+) -> dict:
     """Runs the model on one file, writes the output, and returns the line of JSON."""
     from tqdm import tqdm
 
@@ -189,7 +209,9 @@ def _animate(model, audio, source: Path, output: Path, seconds: dict[str, float]
     from jambatalk_kernels.backends import use_backend
 
     frames = frames_for(audio.duration, model.config.frame_rate)
-    with tqdm(total=frames, desc=source.name, unit="frame", leave=False, disable=True if arguments.quiet else None) as bar:
+    with tqdm(
+        total=frames, desc=source.name, unit="frame", leave=False, disable=True if arguments.quiet else None
+    ) as bar:
 
         def progress(share: float) -> None:
             bar.update(round(share * bar.total) - bar.n)
@@ -202,12 +224,18 @@ def _animate(model, audio, source: Path, output: Path, seconds: dict[str, float]
     seconds["vertices"] = animation.seconds.get("vertices", 0.0) - before
     seconds["write"] = time.perf_counter() - start - seconds["vertices"]
     if not arguments.quiet:
-        print(f"{source.name}: {float(audio.duration):.2f} s of audio, {animation.frames} frames at {float(animation.fps):g} "
-              f"fps, in {sum(seconds.values()):.2f} s", file=sys.stderr)
+        print(
+            f"{source.name}: {float(audio.duration):.2f} s of audio, {animation.frames} frames "
+            f"at {float(animation.fps):g} fps, in {sum(seconds.values()):.2f} s",
+            file=sys.stderr,
+        )
     fps = animation.fps
     return {
-        "input": str(source), "output": str(output), "frames": animation.frames,
-        "fps": fps.numerator if fps.denominator == 1 else float(fps), "audio_seconds": float(audio.duration),
+        "input": str(source),
+        "output": str(output),
+        "frames": animation.frames,
+        "fps": fps.numerator if fps.denominator == 1 else float(fps),
+        "audio_seconds": float(audio.duration),
         "seconds": {name: round(value, 6) for name, value in seconds.items()},
     }
 

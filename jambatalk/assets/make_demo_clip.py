@@ -2,8 +2,9 @@
 
     python jambatalk/assets/make_demo_clip.py [OUT.wav]        needs: pip install hibari-tts soxr soundfile
 
-A synthetic voice (hibari-tts, Apache-2.0) says two sentences that are not in the training corpus. There is a pause, for the
-mouth to rest, and many of p, b and m, for the lips to close. The same bytes every time, with the same versions of the packages.
+A synthetic voice (hibari-tts, Apache-2.0) says two sentences that are not in the training corpus. There is a pause, for
+the mouth to rest, and many of p, b and m, for the lips to close. The same bytes every time, with the same versions of
+the packages.
 """
 
 import sys

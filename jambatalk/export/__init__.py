@@ -2,18 +2,19 @@
 
     write(animation, "face.html")     the extension names the format: .html, .npz or .npy
 
-Everything is written to a temporary file in the same folder, flushed to the disk, and renamed over the target at the end.
-Whatever goes wrong on the way (a full disk, an interrupt, a NaN in the motion), the target is as it was before.
+Everything is written to a temporary file in the same folder, flushed to the disk, and renamed over the target at the
+end. Whatever goes wrong on the way (a full disk, an interrupt, a NaN in the motion), the target is as it was before.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO, Iterable, Iterator
+from typing import BinaryIO
 
 import numpy as np
 
@@ -95,8 +96,10 @@ def _format_of(path: Path):
 def _check_duration(module, duration: Fraction | float) -> None:
     if module.LONGEST is not None and duration > module.LONGEST:
         others = _listed(extension for extension, other in FORMATS.items() if other.LONGEST is None)
-        raise ExportError(f"{float(duration) / 60:.1f} minutes, and {module.EXTENSION} takes at most "
-                          f"{module.LONGEST // 60}; write {others} instead")
+        raise ExportError(
+            f"{float(duration) / 60:.1f} minutes, and {module.EXTENSION} takes at most "
+            f"{module.LONGEST // 60}; write {others} instead"
+        )
 
 
 def _target(path: Path) -> Path:

@@ -6,9 +6,9 @@ singular values of (frames x 3V) come from matrices of the basis' rank and no la
     G = basis.T @ basis = U S U.T,   R = sqrt(S) U.T,   C = centred coefficients
     eigenvectors Z of R C.T C R.T    ->   shapes = basis U S^-1/2 Z  (3V, K),   weights = C R.T Z  (frames, K)
 
-Shapes are quantised so that each costs at most the same error at its largest weight, weights to 16 bits; the fewest shapes
-are kept that hold every vertex of every frame within ERROR of the animation. The error that was reached is measured on the
-packed numbers and stored in the page. Arrays are zigzagged, split into byte planes and deflated.
+Shapes are quantised so that each costs at most the same error at its largest weight, weights to 16 bits; the fewest
+shapes are kept that hold every vertex of every frame within ERROR of the animation. The error that was reached is
+measured on the packed numbers and stored in the page. Arrays are zigzagged, split into byte planes and deflated.
 
 Sound is 16-bit wav in the page: every browser plays it and seeks in it exactly. About 0.05 MB for a second of sound and
 motion, on top of 0.3 MB of mesh and shapes; hence the limit of LONGEST.
@@ -32,7 +32,8 @@ DESCRIPTION = "one self-contained page with a viewer and the sound"
 LONGEST = 30 * 60  # seconds; about 80 MB, all of which a browser decodes when the page opens
 
 ERROR = 0.05e-3  # metres: the most that a vertex may be off
-_SHAPE_ERROR = (5e-6, 2.5e-6, 1e-6, 1e-7)  # metres: of the rounding of one shape at its largest weight; the first that does
+# metres: of the rounding of one shape at its largest weight; the first that does
+_SHAPE_ERROR = (5e-6, 2.5e-6, 1e-6, 1e-7)
 _BASE_STEP = 0.005  # millimetres; positions in the page are millimetres
 _PROBE = 500  # frames looked at while choosing how many shapes to keep
 
@@ -42,8 +43,11 @@ _VIEWER = Path(__file__).with_name("viewer")
 _SKIN, _EYE_PARTS, _MOUTH_PARTS, _LIPS = 0, (1, 2, 3), (4, 5, 6), 7
 _PAINT = {
     0: ((0.780, 0.605, 0.525), 0.24),
-    1: ((0.850, 0.830, 0.815), 0.95), 2: ((0.850, 0.830, 0.815), 0.95), 3: ((0.850, 0.830, 0.815), 0.95),
-    4: ((0.900, 0.870, 0.800), 0.60), 5: ((0.880, 0.850, 0.780), 0.60),
+    1: ((0.850, 0.830, 0.815), 0.95),
+    2: ((0.850, 0.830, 0.815), 0.95),
+    3: ((0.850, 0.830, 0.815), 0.95),
+    4: ((0.900, 0.870, 0.800), 0.60),
+    5: ((0.880, 0.850, 0.780), 0.60),
     6: ((0.640, 0.360, 0.350), 0.50),
     7: ((0.715, 0.450, 0.425), 0.42),
 }
@@ -66,18 +70,27 @@ def _page(animation: Animation) -> str:
     packed.add("base", base, "d16" if np.abs(np.diff(base, prepend=0)).max(initial=0) < 1 << 15 else "d32")
     packed.add("shapes", shapes.T.reshape(-1), "i16")
     packed.add("weights", weights.reshape(-1), "i16")
-    packed.add("paint", np.round(255 * np.concatenate([_soften(colours, animation), light[:, None]], 1)).reshape(-1), "u8")
+    paint = np.concatenate([_soften(colours, animation), light[:, None]], axis=1)
+    packed.add("paint", np.round(255 * paint).reshape(-1), "u8")
     packed.add("surface", surface.reshape(-1), "u8")
     opening = _opening(animation)
     if opening is not None:
         packed.add("opening", np.clip(np.round(opening * 1000), -9999, 9999), "i16")
     sound, rate = _wav(animation)
     facts = {
-        "vertices": len(rest), "frames": animation.frames, "fps": float(animation.fps),
-        "duration": float(animation.duration), "subject": animation.subject, "shapes": shapes.shape[1],
-        "base_step": _BASE_STEP, "weight_steps": [float(f"{step:.7g}") for step in weight_steps],
-        "error_mm": round(error * 1000, 6), "sound": rate, "view": _framing(rest, animation.faces, eyes),
-        "eyes": None if eyes is None else [round(1000 * float(v), 3) for v in eyes], "arrays": packed.names,
+        "vertices": len(rest),
+        "frames": animation.frames,
+        "fps": float(animation.fps),
+        "duration": float(animation.duration),
+        "subject": animation.subject,
+        "shapes": shapes.shape[1],
+        "base_step": _BASE_STEP,
+        "weight_steps": [float(f"{step:.7g}") for step in weight_steps],
+        "error_mm": round(error * 1000, 6),
+        "sound": rate,
+        "view": _framing(rest, animation.faces, eyes),
+        "eyes": None if eyes is None else [round(1000 * float(v), 3) for v in eyes],
+        "arrays": packed.names,
     }
     page = (_VIEWER / "page.html").read_text("utf-8")
     for name, text in (
@@ -92,7 +105,8 @@ def _page(animation: Animation) -> str:
 
 
 class _Packer:
-    """Arrays one after the other, in the form that viewer.js unpacks: u8; i16, i32 zigzagged; d16, d32 their differences."""
+    """Arrays one after the other, in the form that viewer.js unpacks: u8; i16, i32 zigzagged; d16, d32 their
+    differences."""
 
     def __init__(self) -> None:
         self.names: list[list] = []
@@ -120,8 +134,8 @@ class _Packer:
 
 
 def _pack_motion(animation: Animation) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[float], float]:
-    """base (3V,) int in _BASE_STEP mm; shapes (3V, K) int16; weights (frames, K) int16; step of each weight (mm per unit of
-    shape); the largest distance of a vertex from the animation's, metres."""
+    """base (3V,) int in _BASE_STEP mm; shapes (3V, K) int16; weights (frames, K) int16; step of each weight (mm per
+    unit of shape); the largest distance of a vertex from the animation's, metres."""
     basis = animation.basis.astype(np.float64)
     coefficients = animation.coefficients.astype(np.float64)
     mean = coefficients.mean(axis=0)
@@ -138,7 +152,8 @@ def _pack_motion(animation: Animation) -> tuple[np.ndarray, np.ndarray, np.ndarr
     variance, turn = np.linalg.eigh(root @ (centred.T @ centred) @ root.T)
     variance, turn = variance[::-1], turn[:, ::-1]
     turn = turn[:, variance > variance.max(initial=0) * 1e-14]
-    turn = turn * np.where(turn[np.abs(turn).argmax(axis=0), np.arange(turn.shape[1])] < 0, -1, 1)  # eigh's sign is free
+    # eigh leaves the sign free; the largest number of each vector is made positive
+    turn = turn * np.where(turn[np.abs(turn).argmax(axis=0), np.arange(turn.shape[1])] < 0, -1, 1)
     weights = centred @ root.T @ turn
     shapes = basis @ (gram_vectors[:, used] / np.sqrt(gram_values[used])) @ turn
 
@@ -156,13 +171,14 @@ def _pack_motion(animation: Animation) -> tuple[np.ndarray, np.ndarray, np.ndarr
         unit = shape_step * weight_unit  # metres per (unit of weight x unit of shape)
 
         def error(count: int, frames: np.ndarray | slice) -> float:
-            left = np.concatenate([weights[frames], -quantised_weights[frames, :count] * unit[:count]], 1).astype(np.float32)
+            left = np.concatenate([weights[frames], -quantised_weights[frames, :count] * unit[:count]], axis=1)
+            left = left.astype(np.float32)
             right = np.concatenate([shapes, quantised[:, :count]], axis=1).astype(np.float32).T
             worst = 0.0
             for start in range(0, len(left), 256):
-                off = (left[start:start + 256] @ right + base_error.astype(np.float32)).reshape(-1, 3)
+                off = (left[start : start + 256] @ right + base_error.astype(np.float32)).reshape(-1, 3)
                 worst = max(worst, float(np.einsum("ij,ij->i", off, off).max(initial=0)))
-            return worst ** 0.5
+            return worst**0.5
 
         probe = np.unique(np.linspace(0, animation.frames - 1, min(animation.frames, _PROBE)).astype(int))
         low, high = 0, shapes.shape[1]
@@ -213,9 +229,11 @@ def _wav(animation: Animation) -> tuple[bytes, int]:
 
 
 def _surface(rest: np.ndarray, part: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, list[float] | None]:
-    """colours (V, 3) in 0..1; surface (V, 4) uint8: eye x, y, kind, gloss, as viewer.js reads it; the eyes' middles and radii.
+    """colours (V, 3) in 0..1; surface (V, 4) in 0..255: eye x, y, kind, gloss, as viewer.js reads it; middle and radius
+    of each eye, or None.
 
-    The iris is painted by the page from a vertex's place on its eye, so that it is round on any mesh and turns with the eye.
+    The iris is painted by the page from a vertex's place on its eye, so that it is round on any mesh and turns with the
+    eye.
     """
     count = len(rest)
     surface = np.tile(np.array([128, 128, 1, 0], np.int64), (count, 1))
@@ -268,8 +286,9 @@ def _diffuse(values: np.ndarray, faces: np.ndarray, amount: float, times: int) -
 def _ambient_light(vertices: np.ndarray, faces: np.ndarray, directions: int = 96) -> np.ndarray:
     """(V,) in 0..1: how much of the sky each vertex sees, weighted by the cosine to its normal.
 
-    For each direction the surface, as a cloud of points, is projected onto a grid that keeps the nearest; a vertex is lit
-    if nothing is much nearer in its cell. Coarse, but smoothed over the mesh it is what tells a nostril from a cheek.
+    For each direction the surface, as a cloud of points, is projected onto a grid that keeps the nearest; a vertex is
+    lit if nothing is much nearer in its cell. Coarse, but smoothed over the mesh it is what tells a nostril from a
+    cheek.
     """
     corners = vertices[faces]
     cross = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
@@ -282,7 +301,7 @@ def _ambient_light(vertices: np.ndarray, faces: np.ndarray, directions: int = 96
     seen, possible = np.zeros(len(vertices)), np.full(len(vertices), 1e-9)
     for i in range(directions // 2):  # a spiral of evenly spread directions over half the sphere, and their opposites
         height = (i + 0.5) / (directions // 2)
-        angle, ring = i * np.pi * (3 - 5 ** 0.5), (1 - height * height) ** 0.5
+        angle, ring = i * np.pi * (3 - 5**0.5), (1 - height * height) ** 0.5
         toward = np.array([ring * np.cos(angle), height, ring * np.sin(angle)])
         side = np.cross(toward, [0, 1, 0] if height < 0.9 else [1, 0, 0])
         side /= np.linalg.norm(side)
@@ -327,8 +346,8 @@ def _mouth_light(light: np.ndarray, rest: np.ndarray, part: np.ndarray | None) -
 
 
 def _framing(rest: np.ndarray, faces: np.ndarray, eyes: list[float] | None) -> list[float]:
-    """Middle of the view (x, y, z) and half of its width and height, millimetres: from the crown to the neck where the eyes
-    are known, else the whole mesh; with a margin."""
+    """Middle of the view (x, y, z) and half of its width and height, millimetres: from the crown to the neck where the
+    eyes are known, else the whole mesh; with a margin."""
     used = rest[np.unique(faces)]
     low, high = used.min(axis=0), used.max(axis=0)
     if eyes is not None:

@@ -23,8 +23,11 @@ def write(animation: Animation, file: BinaryIO) -> None:
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         with _member(archive, "vertices") as member:
             npy.write(animation, member)
-        for name, array in (("faces", animation.faces.astype("<i4")), ("template", animation.template.astype("<f4")),
-                            ("fps", np.array(float(animation.fps), "<f8"))):
+        for name, array in (
+            ("faces", animation.faces.astype("<i4")),
+            ("template", animation.template.astype("<f4")),
+            ("fps", np.array(float(animation.fps), "<f8")),
+        ):
             with _member(archive, name) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
 

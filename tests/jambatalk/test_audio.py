@@ -20,7 +20,7 @@ def tone(rate, seconds=SECONDS, hertz=440.0, level=0.4):
 
 def assert_is_tone(samples, tolerance):
     """Away from the ends, where a resampler rings."""
-    assert np.abs(samples - tone(16000, len(samples) / 16000 + 0.01)[:len(samples)])[400:-400].max() < tolerance
+    assert np.abs(samples - tone(16000, len(samples) / 16000 + 0.01)[: len(samples)])[400:-400].max() < tolerance
 
 
 def refusal(source, **options):
@@ -53,9 +53,21 @@ def test_any_channels(tmp_path, kind, channels):
     assert_is_tone(loaded.samples, {1: 0.02, 6: 0.11}.get(channels, 0.06) if kind == "ogg" else 2e-4)
 
 
-@pytest.mark.parametrize("kind, subtype, tolerance", [
-    ("wav", "PCM_U8", 8e-3), ("wav", "PCM_16", 1e-4), ("wav", "PCM_24", 1e-5), ("wav", "PCM_32", 1e-5), ("wav", "FLOAT", 1e-5),
-    ("wav", "DOUBLE", 1e-5), ("wav", "ULAW", 2e-2), ("flac", "PCM_16", 1e-4), ("flac", "PCM_24", 1e-5), ("ogg", "OPUS", 9e-2)])
+@pytest.mark.parametrize(
+    "kind, subtype, tolerance",
+    [
+        ("wav", "PCM_U8", 8e-3),
+        ("wav", "PCM_16", 1e-4),
+        ("wav", "PCM_24", 1e-5),
+        ("wav", "PCM_32", 1e-5),
+        ("wav", "FLOAT", 1e-5),
+        ("wav", "DOUBLE", 1e-5),
+        ("wav", "ULAW", 2e-2),
+        ("flac", "PCM_16", 1e-4),
+        ("flac", "PCM_24", 1e-5),
+        ("ogg", "OPUS", 9e-2),
+    ],
+)
 def test_any_sample_type(tmp_path, kind, subtype, tolerance):
     soundfile.write(tmp_path / f"a.{kind}", tone(16000), 16000, subtype=subtype)
     assert_is_tone(audio.load(tmp_path / f"a.{kind}").samples, tolerance)
@@ -96,7 +108,9 @@ def test_wav_with_other_chunks_and_odd_sizes(tmp_path):
     data = (tmp_path / "a.wav").read_bytes()
     size = struct.unpack("<I", data[40:44])[0]
     extra = b"LIST" + struct.pack("<I", 5) + b"hello\0"
-    body = data[8:36] + extra + b"data" + struct.pack("<I", size - 1) + data[44:44 + size - 1]  # odd, and no padding byte
+    body = (
+        data[8:36] + extra + b"data" + struct.pack("<I", size - 1) + data[44 : 44 + size - 1]
+    )  # odd, and no padding byte
     (tmp_path / "b.wav").write_bytes(b"RIFF" + struct.pack("<I", len(body)) + body)
     assert audio.load(tmp_path / "b.wav").duration == Fraction(size - 1, 16000)
 
@@ -121,7 +135,9 @@ def test_arrays_of_every_type():
     for dtype in (np.float16, np.float64):
         assert_is_tone(audio.load(wave.astype(dtype)).samples, 1e-3)
     for dtype in (np.int8, np.int16, np.int32):
-        assert_is_tone(audio.load(np.round(wave * 2.0 ** (8 * np.dtype(dtype).itemsize - 1)).astype(dtype)).samples, 1e-2)
+        assert_is_tone(
+            audio.load(np.round(wave * 2.0 ** (8 * np.dtype(dtype).itemsize - 1)).astype(dtype)).samples, 1e-2
+        )
     assert_is_tone(audio.load(np.round(wave * 128 + 128).astype(np.uint8)).samples, 1e-2)
     for both in (np.stack([wave, wave]), np.stack([wave, wave], 1)):
         loaded = audio.load(both)
@@ -140,19 +156,22 @@ def test_tensors():
     assert_is_tone(audio.load((wave * 32768).to(torch.int16)).samples, 1e-3)
 
 
-@pytest.mark.parametrize("source, rate, words", [
-    (np.zeros(0, np.float32), 16000, "no samples"),
-    (np.zeros((2, 3, 4)), 16000, "shape"),
-    (np.array(["a"]), 16000, "numbers"),
-    (np.array([1j]), 16000, "numbers"),
-    (np.array([0.0, np.nan, 0.0]), 16000, "NaN"),
-    (np.array([0.0, np.inf]), 16000, "NaN or Inf"),
-    (np.zeros(10), 16000.5, "whole number"),
-    (np.zeros(10), float("nan"), "whole number"),
-    (np.zeros(10), 0, "sampling rate"),
-    (np.zeros(10), -16000, "sampling rate"),
-    ([[0.0], [0.0, 1.0]], 16000, "array"),
-])
+@pytest.mark.parametrize(
+    "source, rate, words",
+    [
+        (np.zeros(0, np.float32), 16000, "no samples"),
+        (np.zeros((2, 3, 4)), 16000, "shape"),
+        (np.array(["a"]), 16000, "numbers"),
+        (np.array([1j]), 16000, "numbers"),
+        (np.array([0.0, np.nan, 0.0]), 16000, "NaN"),
+        (np.array([0.0, np.inf]), 16000, "NaN or Inf"),
+        (np.zeros(10), 16000.5, "whole number"),
+        (np.zeros(10), float("nan"), "whole number"),
+        (np.zeros(10), 0, "sampling rate"),
+        (np.zeros(10), -16000, "sampling rate"),
+        ([[0.0], [0.0, 1.0]], 16000, "array"),
+    ],
+)
 def test_bad_arrays(source, rate, words):
     assert words in refusal(source, sampling_rate=rate)
 
@@ -174,21 +193,21 @@ def files(tmp_path):
 def test_truncated(files, kind, share):
     data = (files / f"whole.{kind}").read_bytes()
     cut = files / f"cut.{kind}"
-    cut.write_bytes(data[:int(len(data) * share)])
+    cut.write_bytes(data[: int(len(data) * share)])
     assert str(cut) in refusal(cut)
 
 
 def test_truncated_between_ogg_pages(files):
     data = (files / "whole.ogg").read_bytes()
-    (files / "cut.ogg").write_bytes(data[:data.rindex(b"OggS")])
+    (files / "cut.ogg").write_bytes(data[: data.rindex(b"OggS")])
     assert "truncated" in refusal(files / "cut.ogg")
 
 
 def test_missing_ogg_page(files):
     data = (files / "whole.ogg").read_bytes()
-    starts = [i for i in range(len(data)) if data[i:i + 4] == b"OggS"]
+    starts = [i for i in range(len(data)) if data[i : i + 4] == b"OggS"]
     assert len(starts) > 4
-    (files / "cut.ogg").write_bytes(data[:starts[3]] + data[starts[4]:])
+    (files / "cut.ogg").write_bytes(data[: starts[3]] + data[starts[4] :])
     assert "missing" in refusal(files / "cut.ogg")
 
 
@@ -201,7 +220,9 @@ def test_damaged_inside(files, kind):
     assert "corrupt" in refusal(files / f"damaged.{kind}")
 
 
-@pytest.mark.parametrize("content", [b"this is not sound", os.urandom(5000), b"RIFF\x00\x00\x00\x00WAVE", b"fLaC", b"OggS", b"\0" * 4096])
+@pytest.mark.parametrize(
+    "content", [b"this is not sound", os.urandom(5000), b"RIFF\x00\x00\x00\x00WAVE", b"fLaC", b"OggS", b"\0" * 4096]
+)
 def test_not_sound(tmp_path, content):
     (tmp_path / "a.wav").write_bytes(content)
     assert str(tmp_path / "a.wav") in refusal(tmp_path / "a.wav")

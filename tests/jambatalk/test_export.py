@@ -22,8 +22,12 @@ from jambatalk.export import ExportError, html
 
 def ball(rows=24, columns=32, radius=0.1):
     """A closed mesh: vertices (V, 3) metres, faces (F, 3) counter-clockwise from outside."""
-    polar, around = np.meshgrid(np.linspace(0, np.pi, rows), np.linspace(0, 2 * np.pi, columns, endpoint=False), indexing="ij")
-    vertices = radius * np.stack([np.sin(polar) * np.sin(around), np.cos(polar), np.sin(polar) * np.cos(around)], -1).reshape(-1, 3)
+    polar, around = np.meshgrid(
+        np.linspace(0, np.pi, rows), np.linspace(0, 2 * np.pi, columns, endpoint=False), indexing="ij"
+    )
+    vertices = radius * np.stack(
+        [np.sin(polar) * np.sin(around), np.cos(polar), np.sin(polar) * np.cos(around)], -1
+    ).reshape(-1, 3)
     i, j = np.meshgrid(np.arange(rows - 1), np.arange(columns), indexing="ij")
     a, b = i * columns + j, i * columns + (j + 1) % columns
     c, d = a + columns, b + columns
@@ -37,20 +41,33 @@ def clip(seconds=2.0, rank=6, mesh=None, noise=0.0, fps=30, offset=False, sound=
     frames = round(seconds * fps)
     times = np.arange(frames) / fps
     bumps = []
-    for k in range(rank):
+    for _ in range(rank):
         middle = vertices[random.integers(len(vertices))]
-        bump = np.exp(-((vertices - middle) ** 2).sum(1) / 0.05 ** 2)
-        bumps.append((bump[:, None] * random.standard_normal(3) + noise * random.standard_normal(vertices.shape)).reshape(-1))
+        bump = np.exp(-((vertices - middle) ** 2).sum(1) / 0.05**2)
+        bumps.append(
+            (bump[:, None] * random.standard_normal(3) + noise * random.standard_normal(vertices.shape)).reshape(-1)
+        )
     coefficients = 0.008 * np.stack([np.sin(2 * np.pi * (0.7 + 0.6 * k) * times + k) / (1 + k) for k in range(rank)], 1)
     samples = (0.5 * np.sin(2 * np.pi * 220 * np.arange(round(seconds * 16000)) / 16000)).astype(np.float32)
-    return Animation(coefficients, np.stack(bumps, 1), vertices, faces, fps, offset=0.002 * bumps[0] if offset else None,
-                     audio=(samples, 16000) if sound else None, **fields)
+    return Animation(
+        coefficients,
+        np.stack(bumps, 1),
+        vertices,
+        faces,
+        fps,
+        offset=0.002 * bumps[0] if offset else None,
+        audio=(samples, 16000) if sound else None,
+        **fields,
+    )
 
 
 def unpack(path):
     """facts, arrays and the wav of a page, read as viewer.js reads them, by other code."""
     page = path.read_text("utf-8")
-    block = {name: re.search(rf'id="{name}">(.*?)</script>', page, re.S).group(1) for name in ("facts-json", "geometry", "sound")}
+    block = {
+        name: re.search(rf'id="{name}">(.*?)</script>', page, re.S).group(1)
+        for name in ("facts-json", "geometry", "sound")
+    }
     facts = json.loads(block["facts-json"])
     data, at, arrays = zlib.decompress(base64.b64decode(block["geometry"])), 0, {}
     for name, kind, count in facts["arrays"]:
@@ -104,12 +121,25 @@ def test_long_clips_are_streamed(extension, monkeypatch):
 
     class Sink(io.RawIOBase):
         """Takes everything, keeps nothing."""
+
         at = 0
-        def writable(self): return True
-        def seekable(self): return True
-        def tell(self): return self.at
-        def seek(self, offset, whence=0): self.at = offset; return offset
-        def write(self, data): self.at += len(memoryview(data).cast("B")); return len(memoryview(data).cast("B"))
+
+        def writable(self):
+            return True
+
+        def seekable(self):
+            return True
+
+        def tell(self):
+            return self.at
+
+        def seek(self, offset, whence=0):
+            self.at = offset
+            return offset
+
+        def write(self, data):
+            self.at += len(memoryview(data).cast("B"))
+            return len(memoryview(data).cast("B"))
 
     a = clip(seconds=600, rank=2, sound=False, mesh=ball(12, 16))
     sink = Sink()
@@ -166,8 +196,13 @@ def test_page_with_a_basis_of_dependent_columns(tmp_path):
     """A linear vertex head has no orthonormal basis: here ranks are lost, and scales are far apart."""
     a = clip(rank=5)
     basis = np.concatenate([a.basis * 1e3, a.basis[:, :3] * 1e3, np.zeros((len(a.basis), 2))], 1)
-    b = Animation(np.concatenate([a.coefficients, a.coefficients[:, :3], a.coefficients[:, :2]], 1) / 2e3, basis,
-                  a.template, a.faces, 30)
+    b = Animation(
+        np.concatenate([a.coefficients, a.coefficients[:, :3], a.coefficients[:, :2]], 1) / 2e3,
+        basis,
+        a.template,
+        a.faces,
+        30,
+    )
     b.save(tmp_path / "b.html")
     facts, arrays, _, _ = unpack(tmp_path / "b.html")
     assert np.abs(rebuilt(facts, arrays) - b.vertices).max() < 5e-5
@@ -193,14 +228,20 @@ def test_page_knows_the_parts_of_the_face(tmp_path):
     part[(vertices[:, 2] > 0.08) & (vertices[:, 1] > 0)] = 1
     part[(vertices[:, 2] > 0.08) & (vertices[:, 1] < -0.02)] = 4
     upper, lower = np.flatnonzero(vertices[:, 1] > 0.09), np.flatnonzero(vertices[:, 1] < -0.09)
-    lower = lower[:len(upper)]
-    a = clip(regions={"part": part, "inner_lip_upper": upper, "inner_lip_lower": lower}, opening_scale=0.01, offset=True)
+    lower = lower[: len(upper)]
+    a = clip(
+        regions={"part": part, "inner_lip_upper": upper, "inner_lip_lower": lower}, opening_scale=0.01, offset=True
+    )
     a.save(tmp_path / "a.html")
     facts, arrays, _, _ = unpack(tmp_path / "a.html")
     assert len(facts["eyes"]) == 8
     surface = arrays["surface"].reshape(-1, 4)
-    assert (surface[part == 1, 2] == 2).all() and (surface[part == 4, 2] == 0).all() and (surface[part == 0, 2] == 1).all()
-    gap = (a.vertices[:, upper, 1] - a.vertices[:, lower, 1]).mean(1) - (a.template[upper, 1] - a.template[lower, 1]).mean()
+    assert (
+        (surface[part == 1, 2] == 2).all() and (surface[part == 4, 2] == 0).all() and (surface[part == 0, 2] == 1).all()
+    )
+    gap = (a.vertices[:, upper, 1] - a.vertices[:, lower, 1]).mean(1) - (
+        a.template[upper, 1] - a.template[lower, 1]
+    ).mean()
     assert np.abs(arrays["opening"] / 1000 - gap / 0.01).max() < 2e-3
     a.regions["part"] = part[:5]  # of another mesh: not painted
     a.save(tmp_path / "a.html")
@@ -212,7 +253,7 @@ def test_light_is_dim_where_the_surface_is_hidden():
     outer, faces = ball()
     inner = outer * 0.3
     light = html._ambient_light(np.concatenate([outer, inner]), np.concatenate([faces, faces + len(outer)]))
-    assert light[:len(outer)].mean() > 0.85 and light[len(outer):].mean() < 0.1
+    assert light[: len(outer)].mean() > 0.85 and light[len(outer) :].mean() < 0.1
 
 
 def test_page_is_small():
@@ -285,7 +326,9 @@ def test_folder_without_permission():
 
 
 @pytest.mark.parametrize("extension", [".html", ".npz", ".npy"])
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), ValueError("no")])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), ValueError("no")]
+)
 def test_failure_on_the_way_leaves_the_old_file(tmp_path, monkeypatch, extension, error):
     path = tmp_path / f"a{extension}"
     path.write_bytes(b"old")

@@ -19,8 +19,14 @@ import pytest
 
 from jambatalk.animation import Animation
 
-BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-                if (found := shutil.which(name))), None)
+BROWSER = next(
+    (
+        found
+        for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+        if (found := shutil.which(name))
+    ),
+    None,
+)
 pytestmark = [
     pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on this machine"),
     pytest.mark.skipif(os.name != "posix", reason="the browser is driven through inherited descriptors"),
@@ -31,7 +37,9 @@ SECONDS = 2.0
 def head():
     """A round head with eyes, a mouth and a tongue, that opens its mouth in every second half of a second."""
     rows, columns, radius = 30, 40, 0.1
-    polar, around = np.meshgrid(np.linspace(0, np.pi, rows), np.linspace(0, 2 * np.pi, columns, endpoint=False), indexing="ij")
+    polar, around = np.meshgrid(
+        np.linspace(0, np.pi, rows), np.linspace(0, 2 * np.pi, columns, endpoint=False), indexing="ij"
+    )
     ball = np.stack([np.sin(polar) * np.sin(around), np.cos(polar), np.sin(polar) * np.cos(around)], -1).reshape(-1, 3)
     i, j = (index.ravel() for index in np.meshgrid(np.arange(rows - 1), np.arange(columns), indexing="ij"))
     a, b = i * columns + j, i * columns + (j + 1) % columns
@@ -40,19 +48,27 @@ def head():
     vertices = np.concatenate([v for v, _ in parts])
     part = np.concatenate([np.full(len(v), label) for v, label in parts])
     faces = np.concatenate([triangles + k * len(ball) for k in range(len(parts))])
-    skin = vertices[:len(ball)]
+    skin = vertices[: len(ball)]
     mouth = np.exp(-((skin[:, 0] / 0.03) ** 2 + ((skin[:, 1] + 0.045) / 0.012) ** 2)) * (skin[:, 2] > 0)
     upper = np.flatnonzero((mouth > 0.2) & (skin[:, 1] > -0.045))[:4]
     lower = np.flatnonzero((mouth > 0.2) & (skin[:, 1] < -0.045))[:4]
     open_mouth = np.zeros((len(vertices), 3))
-    open_mouth[:len(ball), 2] = -mouth
-    open_mouth[:len(ball), 1] = -0.5 * mouth * (skin[:, 1] < -0.045)
+    open_mouth[: len(ball), 2] = -mouth
+    open_mouth[: len(ball), 1] = -0.5 * mouth * (skin[:, 1] < -0.045)
     frames = round(SECONDS * 30)
     amount = 0.03 * (np.arange(frames) // 15 % 2)
     sound = 0.3 * np.sin(2 * np.pi * 200 * np.arange(round(16000 * SECONDS)) / 16000)
-    return Animation(amount[:, None], open_mouth.reshape(-1, 1), vertices, faces, 30, audio=(sound.astype(np.float32), 16000),
-                     regions={"part": part, "inner_lip_upper": upper, "inner_lip_lower": lower}, opening_scale=0.02,
-                     subject="a ball")
+    return Animation(
+        amount[:, None],
+        open_mouth.reshape(-1, 1),
+        vertices,
+        faces,
+        30,
+        audio=(sound.astype(np.float32), 16000),
+        regions={"part": part, "inner_lip_upper": upper, "inner_lip_lower": lower},
+        opening_scale=0.02,
+        subject="a ball",
+    )
 
 
 class Browser:
@@ -66,11 +82,28 @@ class Browser:
             os.dup2(write, 4)
 
         self.process = subprocess.Popen(
-            [BROWSER, "--headless", "--no-sandbox", "--remote-debugging-pipe", "--use-angle=swiftshader",
-             "--enable-unsafe-swiftshader", "--disable-quic", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", f"--user-data-dir={profile}",
-             "--window-size=800,700", "about:blank"],
-            preexec_fn=descriptors, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            [
+                BROWSER,
+                "--headless",
+                "--no-sandbox",
+                "--remote-debugging-pipe",
+                "--use-angle=swiftshader",
+                "--enable-unsafe-swiftshader",
+                "--disable-quic",
+                "--no-first-run",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+                "--disable-dev-shm-usage",
+                f"--user-data-dir={profile}",
+                "--window-size=800,700",
+                "about:blank",
+            ],
+            preexec_fn=descriptors,
+            close_fds=False,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         os.close(to_browser[0])
         os.close(from_browser[1])
         self.numbers, self.buffer, self.problems = itertools.count(1), b"", []
@@ -117,7 +150,9 @@ class Browser:
                 self.problems.append(f"request to {url}")
 
     def run(self, expression):
-        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True, userGesture=True)
+        result = self.call(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True, userGesture=True
+        )
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
@@ -137,7 +172,13 @@ class Browser:
 
     def key(self, key, code=None):
         for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=code or key, **({"text": key} if len(key) == 1 else {}))
+            self.call(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                code=code or key,
+                **({"text": key} if len(key) == 1 else {}),
+            )
 
     def picture(self):
         """(height, width, 4) uint8: what is drawn now, straight from WebGL."""
@@ -146,7 +187,8 @@ class Browser:
           stage.face.pose(viewer.clock.now()); stage.draw();
           const out = new Uint8Array(4 * w * h);
           gl.readPixels(0, 0, w, h, gl.RGBA, gl.UNSIGNED_BYTE, out);
-          let text = ""; for (let i = 0; i < out.length; i += 8192) text += String.fromCharCode(...out.subarray(i, i + 8192));
+          let text = "";
+          for (let i = 0; i < out.length; i += 8192) text += String.fromCharCode(...out.subarray(i, i + 8192));
           return [w, h, btoa(text)];
         })()""")
         return np.frombuffer(base64.b64decode(pixels), np.uint8).reshape(height, width, 4)[::-1]
@@ -206,20 +248,32 @@ def test_the_face_is_drawn_and_moves(browser, page):
 def test_the_controls_are_there_and_named(browser, page):
     browser.open(page)
     assert browser.run("document.getElementById('facts').textContent") == "a ball · 3600 vertices · 60 frames at 30 fps"
-    names = browser.run("[...document.querySelectorAll('button, input, select')].map(e => e.getAttribute('aria-label'))")
+    names = browser.run(
+        "[...document.querySelectorAll('button, input, select')].map(e => e.getAttribute('aria-label'))"
+    )
     assert names == ["Play", "Time", "Speed", "Loop", "Front view"]
-    assert browser.run("[...document.querySelectorAll('footer button')].every(e => e.getBoundingClientRect().width >= 30)")
+    assert browser.run(
+        "[...document.querySelectorAll('footer button')].every(e => e.getBoundingClientRect().width >= 30)"
+    )
     assert browser.run("document.getElementById('message').hidden")
     assert browser.run("document.getElementById('time').textContent") == "0:00.0 / 0:02.0"
     # The timeline shows something: not one colour.
-    assert browser.run("(() => { const c = $('curves'), d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
-                       "return new Set(new Uint32Array(d.buffer)).size; })()") > 5
+    assert (
+        browser.run(
+            "(() => { const c = $('curves'), d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
+            "return new Set(new Uint32Array(d.buffer)).size; })()"
+        )
+        > 5
+    )
 
 
 def test_the_sound_is_the_clock(browser, page):
     browser.open(page)
     # At a quarter of the speed, so that a busy machine gets to look before the clip has ended.
-    browser.run("(() => { const s = document.getElementById('speed'); s.value = '0.25'; s.dispatchEvent(new Event('change')); })()")
+    browser.run(
+        "(() => { const s = document.getElementById('speed'); s.value = '0.25';"
+        "         s.dispatchEvent(new Event('change')); })()"
+    )
     browser.run("document.getElementById('play').click()")
     browser.wait("viewer.clock.sound.currentTime > 0.2 && document.documentElement.dataset.time > 0.2")
     sound, clock = browser.run("[viewer.clock.sound.currentTime, viewer.clock.now()]")
@@ -241,10 +295,18 @@ def test_the_sound_is_the_clock(browser, page):
 
 def test_scrubbing_and_keys(browser, page):
     browser.open(page)
-    browser.run("(() => { const s = document.getElementById('scrub'); s.value = 1.25; s.dispatchEvent(new Event('input')); })()")
+    browser.run(
+        "(() => { const s = document.getElementById('scrub'); s.value = 1.25; s.dispatchEvent(new Event('input')); })()"
+    )
     browser.wait("document.documentElement.dataset.frame === '37'")
     assert abs(browser.run("viewer.clock.sound.currentTime") - 1.25) < 0.01
-    for key, frame in (("ArrowRight", 39), ("ArrowRight", 40), ("ArrowLeft", 39), ("Home", 0), ("End", 59)):  # 37.5 rounds to 38
+    for key, frame in (
+        ("ArrowRight", 39),
+        ("ArrowRight", 40),
+        ("ArrowLeft", 39),
+        ("Home", 0),
+        ("End", 59),
+    ):  # 37.5 rounds to 38
         browser.key(key)
         browser.wait(f"document.documentElement.dataset.frame === '{frame}'")
     browser.key("Home")
@@ -279,7 +341,9 @@ def test_narrow_window(browser, page):
     try:
         browser.open(page)
         assert browser.run("document.documentElement.scrollWidth") <= 360
-        assert browser.run("[...document.querySelectorAll('footer *')].every(e => e.getBoundingClientRect().right <= 360)")
+        assert browser.run(
+            "[...document.querySelectorAll('footer *')].every(e => e.getBoundingClientRect().right <= 360)"
+        )
         drawn = browser.picture()[..., 3] > 0
         rows, columns = np.nonzero(drawn)
         assert columns.min() > 0 and columns.max() < drawn.shape[1] - 1  # the whole head, both sides
@@ -290,7 +354,7 @@ def test_narrow_window(browser, page):
 def test_a_damaged_page_says_so(browser, tmp_path, page):
     text = open(unquote(urlparse(page).path), encoding="utf-8").read()
     start = text.index('id="geometry">') + len('id="geometry">')
-    (tmp_path / "bad.html").write_text(text[:start] + text[start + 4000:], "utf-8")
+    (tmp_path / "bad.html").write_text(text[:start] + text[start + 4000 :], "utf-8")
     browser.open((tmp_path / "bad.html").as_uri())
     assert browser.run("document.documentElement.dataset.ready") == "no"
     assert not browser.run("document.getElementById('message').hidden")

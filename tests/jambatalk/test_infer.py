@@ -30,17 +30,42 @@ def model(tmp_path_factory):
     """A folder with a model that moves: 30 vertices, 30 frames/s, windowed encoder."""
     torch.manual_seed(0)
     config = JambaTalkConfig.from_preset(
-        "demo", vertices=VERTICES, d_model=16, heads=2, hidden=16, experts=2, motion_rank=4, attention_window=20,
+        "demo",
+        vertices=VERTICES,
+        d_model=16,
+        heads=2,
+        hidden=16,
+        experts=2,
+        motion_rank=4,
+        attention_window=20,
         subjects=["anna", "bert"],
-        encoder=dict(context="windowed", freeze_front_end=False, attention_back=4, attention_ahead=1, conv_dim=[8] * 7,
-                     conv_norm="layer", hidden=16, layers=1, heads=2, ffn=16, pre_norm=True, pos_conv_kernel=5, pos_conv_groups=4))
+        encoder=dict(
+            context="windowed",
+            freeze_front_end=False,
+            attention_back=4,
+            attention_ahead=1,
+            conv_dim=[8] * 7,
+            conv_norm="layer",
+            hidden=16,
+            layers=1,
+            heads=2,
+            ffn=16,
+            pre_norm=True,
+            pos_conv_kernel=5,
+            pos_conv_groups=4,
+        ),
+    )
     model = JambaTalk(config)
     torch.nn.init.normal_(model.head.weight, std=1e-3)
     random = np.random.default_rng(0)
     model.motion_basis.copy_(torch.from_numpy(np.linalg.qr(random.standard_normal((3 * VERTICES, 4)))[0]))
     template = random.uniform(-0.1, 0.1, (VERTICES, 3))
     faces = np.stack([np.arange(VERTICES - 2), np.arange(1, VERTICES - 1), np.arange(2, VERTICES)], 1)
-    regions = {"part": np.zeros(VERTICES, np.int64), "inner_lip_upper": np.array([1, 2]), "inner_lip_lower": np.array([3, 4])}
+    regions = {
+        "part": np.zeros(VERTICES, np.int64),
+        "inner_lip_upper": np.array([1, 2]),
+        "inner_lip_lower": np.array([3, 4]),
+    }
     model.set_head(np.stack([template, template * 1.1]), faces, regions, 0.01)
     folder = tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)
@@ -93,9 +118,17 @@ def test_the_bundled_clip_is_what_the_readme_says():
     assert (info.samplerate, info.channels, info.subtype) == (16000, 1, "PCM_16") and 5 < info.duration < 9
 
 
-@pytest.mark.parametrize("name, rate, channels, options", [
-    ("a.wav", 8000, 1, {}), ("a.wav", 192000, 2, {"subtype": "PCM_24"}), ("a.wav", 44100, 8, {"subtype": "FLOAT"}),
-    ("a.flac", 48000, 6, {"subtype": "PCM_24"}), ("a.ogg", 22050, 2, {}), ("ein Stück – 音.flac", 16000, 1, {})])
+@pytest.mark.parametrize(
+    "name, rate, channels, options",
+    [
+        ("a.wav", 8000, 1, {}),
+        ("a.wav", 192000, 2, {"subtype": "PCM_24"}),
+        ("a.wav", 44100, 8, {"subtype": "FLOAT"}),
+        ("a.flac", 48000, 6, {"subtype": "PCM_24"}),
+        ("a.ogg", 22050, 2, {}),
+        ("ein Stück – 音.flac", 16000, 1, {}),
+    ],
+)
 def test_any_audio(model, here, capsys, name, rate, channels, options):
     path = sound(here.parent / "sounds" / name, 0.45, rate, channels, **options)
     assert infer.main([path, "-o", "out.npz", "--model", str(model), "--quiet"]) == 0
@@ -119,7 +152,9 @@ def test_fps(model, here, capsys, fps, frames):
     assert infer.main([path, "--model", str(model), "--fps", fps, "-o", "a.npz", "--json"]) == 0
     line = json.loads(capsys.readouterr().out)
     assert line["frames"] == frames == len(np.load("a.npz")["vertices"])
-    assert line["fps"] == pytest.approx(float(Fraction(fps))) and np.load("a.npz")["fps"] == pytest.approx(float(Fraction(fps)))
+    assert line["fps"] == pytest.approx(float(Fraction(fps))) and np.load("a.npz")["fps"] == pytest.approx(
+        float(Fraction(fps))
+    )
 
 
 def test_json(model, here, capsys):
@@ -128,7 +163,7 @@ def test_json(model, here, capsys):
     out, err = capsys.readouterr()
     lines = [json.loads(line) for line in out.splitlines()]
     assert [line["output"] for line in lines] == ["a.npz", "b b.npz"] and sorted(os.listdir()) == ["a.npz", "b b.npz"]
-    for line, path, seconds in zip(lines, paths, (0.5, 1.0)):
+    for line, path, seconds in zip(lines, paths, (0.5, 1.0), strict=True):
         assert line["input"] == path and line["frames"] == seconds * 30 and line["fps"] == 30
         assert line["audio_seconds"] == seconds
         assert set(line["seconds"]) == {"read", "encode", "decode", "vertices", "write"}
@@ -149,16 +184,21 @@ def test_several_files_into_a_folder(model, here, capsys):
 def test_one_bad_file_does_not_stop_the_others(model, here, capsys):
     good = sound("../sounds/good.wav")
     whole = Path(sound("../sounds/whole.flac", 2.0)).read_bytes()
-    Path("../sounds/bad.flac").write_bytes(whole[:len(whole) // 2] + bytes(100) + whole[len(whole) // 2 + 100:])
+    Path("../sounds/bad.flac").write_bytes(whole[: len(whole) // 2] + bytes(100) + whole[len(whole) // 2 + 100 :])
     assert infer.main(["../sounds/bad.flac", good, "--model", str(model), "-o", "{stem}.npz", "--quiet"]) == 2
     out, err = capsys.readouterr()
     assert out == "good.npz\n" and os.listdir() == ["good.npz"]
     assert err.count("\n") == 1 and "bad.flac" in err
 
 
-@pytest.mark.parametrize("subject, template", [("anna", 1.0), ("bert", 1.1), ("1", 1.1), ("mean", 1.05), ("unknown", 1.05)])
+@pytest.mark.parametrize(
+    "subject, template", [("anna", 1.0), ("bert", 1.1), ("1", 1.1), ("mean", 1.05), ("unknown", 1.05)]
+)
 def test_subject(model, here, subject, template):
-    assert infer.main([sound("../sounds/a.wav"), "--model", str(model), "--subject", subject, "-o", "a.npz", "--quiet"]) == 0
+    assert (
+        infer.main([sound("../sounds/a.wav"), "--model", str(model), "--subject", subject, "-o", "a.npz", "--quiet"])
+        == 0
+    )
     anna = load_file(model / "model.safetensors")["templates"][0]
     assert np.allclose(np.load("a.npz")["template"], anna * template, atol=1e-6)
 
@@ -205,8 +245,17 @@ def test_bad_audio(model, here, capsys):
     for name, value in (("nan", np.nan), ("inf", np.inf)):
         soundfile.write(there / f"{name}.wav", np.array([0.0] * 999 + [value]), 16000, subtype="FLOAT")
     sound(there / "short.wav", 0.01)
-    for name, words in (("missing.wav", "no such file"), ("cut.wav", "truncated"), ("empty.wav", "empty"), ("noise.wav", "corrupt"),
-                        ("none.wav", "no samples"), ("nan.wav", "NaN"), ("inf.wav", "Inf"), ("short.wav", "too short"), (".", "folder")):
+    for name, words in (
+        ("missing.wav", "no such file"),
+        ("cut.wav", "truncated"),
+        ("empty.wav", "empty"),
+        ("noise.wav", "corrupt"),
+        ("none.wav", "no samples"),
+        ("nan.wav", "NaN"),
+        ("inf.wav", "Inf"),
+        ("short.wav", "too short"),
+        (".", "folder"),
+    ):
         for output in ([], ["-o", "a.npz"]):
             assert words in refused(capsys, there / name, "--model", model, *output)
     assert "too short" in refused(capsys, sound(there / "a.wav", 0.1), "--model", model, "--fps", 2)
@@ -215,8 +264,13 @@ def test_bad_audio(model, here, capsys):
 def test_bad_output(model, here, capsys):
     path = sound("../sounds/a.wav")
     (here / "folder.npz").mkdir()
-    for output, words in (("a.obj", "known: .html, .npz, .npy"), ("noextension", "known:"), ("nowhere/a.npz", "no folder"),
-                          ("nowhere/deep/", "cannot make the folder"), ("../sounds/a.wav/x.npz", "no folder")):
+    for output, words in (
+        ("a.obj", "known: .html, .npz, .npy"),
+        ("noextension", "known:"),
+        ("nowhere/a.npz", "no folder"),
+        ("nowhere/deep/", "cannot make the folder"),
+        ("../sounds/a.wav/x.npz", "no folder"),
+    ):
         assert words in refused(capsys, path, "--model", model, "-o", output, leaves=["folder.npz"])
 
 
@@ -246,9 +300,19 @@ def test_ambiguous_outputs(model, here, capsys):
     assert "is an input" in refused(capsys, "a.npy", "--model", model, "-o", "a.npy", leaves=["a.npy"])
 
 
-@pytest.mark.parametrize("options, words", [
-    (["--fps", "0"], "fps"), (["--fps", "many"], "fps"), (["--fps", "1e9"], "fps"), (["--subject", "clara"], "anna, bert, mean, unknown"),
-    (["--device", "abacus"], "--device abacus"), (["--backend", "abacus"], "abacus"), (["--seed", "x"], "--seed"), (["--frobnicate"], "--frobnicate")])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--fps", "0"], "fps"),
+        (["--fps", "many"], "fps"),
+        (["--fps", "1e9"], "fps"),
+        (["--subject", "clara"], "anna, bert, mean, unknown"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--backend", "abacus"], "abacus"),
+        (["--seed", "x"], "--seed"),
+        (["--frobnicate"], "--frobnicate"),
+    ],
+)
 def test_bad_options(model, here, capsys, options, words):
     assert words in refused(capsys, sound("../sounds/a.wav"), "--model", model, *options)
 
@@ -281,7 +345,7 @@ def test_bad_checkpoints(model, here, capsys):
         (case("missing", missing), "head.weight"),
         (case("shape", {**tensors, "head.weight": tensors["head.weight"].T.contiguous()}), "shape"),
         (case("pickle", pickle.dumps({"a": 1})), "pickle"),
-        (case("cut", whole[:len(whole) // 2]), "safetensors"),
+        (case("cut", whole[: len(whole) // 2]), "safetensors"),
         (case("rubbish", b"rubbish rubbish rubbish"), "safetensors"),
         (case("no weights"), "model.safetensors: missing"),
         (case("no config", tensors, None), "config.json: missing"),
@@ -308,8 +372,14 @@ def test_a_half_written_old_file_stays(model, here, capsys):
 
 def command(*arguments, **options):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-m", "jambatalk.infer", *map(str, arguments)], env=environment, text=True,
-                          capture_output=True, timeout=300, **options)
+    return subprocess.run(
+        [sys.executable, "-m", "jambatalk.infer", *map(str, arguments)],
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        **options,
+    )
 
 
 def test_command(model, here):
@@ -323,14 +393,21 @@ def test_command(model, here):
 
 def test_help_and_refusals_import_nothing_heavy(here):
     """Help comes in well under a second because torch is not imported; so do refusals of bad audio."""
-    check = ("import sys; from jambatalk import infer\n"
-             "try: code = infer.main(sys.argv[1:])\n"
-             "except SystemExit as stop: code = stop.code\n"
-             "assert not {'torch', 'transformers', 'scipy'} & set(sys.modules), 'heavy'\n"
-             "sys.exit(code)")
+    check = (
+        "import sys; from jambatalk import infer\n"
+        "try: code = infer.main(sys.argv[1:])\n"
+        "except SystemExit as stop: code = stop.code\n"
+        "assert not {'torch', 'transformers', 'scipy'} & set(sys.modules), 'heavy'\n"
+        "sys.exit(code)"
+    )
     for arguments, code in ((["--help"], 0), (["missing.wav"], 2), ([sound("../sounds/a.wav"), "-o", "a.obj"], 2)):
-        done = subprocess.run([sys.executable, "-c", check, *arguments], env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
-                              capture_output=True, timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-c", check, *arguments],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            text=True,
+            capture_output=True,
+            timeout=60,
+        )
         assert done.returncode == code, done.stderr
 
 
@@ -347,8 +424,13 @@ def test_interrupt(model, here, capsys, monkeypatch):
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_interrupt_in_earnest(model, here):
     path = sound("../sounds/long.wav", 600.0, 8000)
-    process = subprocess.Popen([sys.executable, "-m", "jambatalk.infer", path, "--model", str(model), "--json"], text=True,
-                               env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jambatalk.infer", path, "--model", str(model), "--json"],
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     time.sleep(4)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
