@@ -29,7 +29,7 @@ constexpr int kTile = 4;  // states in registers at a time
 
 // S states over `count` positions; h in and out, y accumulated.
 template <class L, int S>
-void scan_tile(const typename L::V* delta, const typename L::V* drive, const typename L::T* B, const typename L::T* C,
+__attribute__((noinline)) void scan_tile(const typename L::V* delta, const typename L::V* drive, const typename L::T* B, const typename L::T* C,
                int64_t states, int64_t count, const typename L::V* A, typename L::V* h, typename L::V* y) {
   using V = typename L::V;
   V state[S], decay[S];
@@ -148,7 +148,7 @@ void scan_forward(const ScanCall& call, int64_t task_begin, int64_t task_end) {
 //   d_drive += g . B, d_log_decay += g a h A (in units of log2), dA += g a h delta. sum_B, sum_C: (count, states) vectors.
 //   decays, history: scratch, S * count and S * (count + 1) vectors.
 template <class L, int S>
-void scan_tile_backward(const typename L::V* delta, const typename L::V* drive, const typename L::V* dy,
+__attribute__((noinline)) void scan_tile_backward(const typename L::V* delta, const typename L::V* drive, const typename L::V* dy,
                         const typename L::T* B, const typename L::T* C, int64_t states, int64_t count,
                         const typename L::V* A, const typename L::V* h, typename L::V* carry, typename L::V* y,
                         typename L::V* d_drive, typename L::V* d_log_decay, typename L::V* dA, typename L::V* sum_B,

@@ -1,0 +1,160 @@
+"""The native library is there, is the one that is used, and holds what it should."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jambatalk_kernels import native_library
+
+ROOT = Path(__file__).resolve().parents[2]
+NONE = os.environ.get("JAMBATALK_BUILD") == "none"
+
+# Runs the public op with nothing forced, and says which backend took it and where the library came from.
+PROBE = """
+import torch, jambatalk_kernels
+from jambatalk_kernels import backends
+chosen = []
+original = backends.choose
+def record(op, backend, candidates):
+    chosen.append(original(op, backend, candidates))
+    return chosen[-1]
+import jambatalk_kernels.selective_scan.op, sys
+sys.modules["jambatalk_kernels.selective_scan.op"].choose = record
+sys.modules["jambatalk_kernels.causal_conv1d.op"].choose = record
+one = torch.ones(1, 2, 3)
+jambatalk_kernels.selective_scan(one, one, -torch.ones(3, 4), torch.ones(1, 2, 4), torch.ones(1, 2, 4))
+jambatalk_kernels.causal_conv1d(one, torch.ones(3, 4))
+import _jambatalk_native
+print(chosen, _jambatalk_native.__file__, jambatalk_kernels.__file__, sep="|")
+"""
+
+
+def _probe(cwd, *flags, **environment):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("JAMBATALK_") and k != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, *flags, "-c", PROBE], capture_output=True, text=True, cwd=cwd, env=env | environment, timeout=300
+    )
+
+
+@pytest.mark.skipif(NONE, reason="JAMBATALK_BUILD=none: no native library is wanted")
+def test_the_native_library_is_installed():
+    loaded, reason = native_library()
+    assert loaded, f"{reason}. `make test` installs it; by hand: pip install ."
+
+
+@pytest.mark.skipif(NONE, reason="JAMBATALK_BUILD=none: no native library is wanted")
+def test_it_is_what_runs_from_the_clones_own_folder():
+    done = _probe(ROOT)
+    assert done.returncode == 0, done.stderr
+    chosen, library, package = done.stdout.strip().split("|")
+    assert chosen == "['cpu', 'cpu']"
+    assert Path(package).is_relative_to(ROOT), "the clone's Python runs"
+    assert not Path(library).parent == ROOT, "the library is the installed one, not something left in the clone"
+
+
+@pytest.mark.skipif(NONE, reason="JAMBATALK_BUILD=none: no native library is wanted")
+def test_it_is_what_runs_from_the_installed_package(tmp_path):
+    done = _probe(tmp_path)
+    assert done.returncode == 0, done.stderr + "\n(is the package installed? pip install .)"
+    chosen, _, package = done.stdout.strip().split("|")
+    assert chosen == "['cpu', 'cpu']"
+    assert not Path(package).is_relative_to(ROOT / "jambatalk_kernels"), "the installed Python runs"
+
+
+def test_without_it_everything_still_works_and_says_so(tmp_path):
+    """As after JAMBATALK_BUILD=none, or without a compiler: the reference runs, with a warning."""
+    code = (
+        "import sys; sys.modules['_jambatalk_native'] = None\n"
+        "import torch, jambatalk_kernels as jk\n"
+        "assert not jk.native_library()[0]\n"
+        "jk.causal_conv1d(torch.ones(1, 2, 3), torch.ones(3, 4))\n"
+        "jk.causal_conv1d(torch.ones(1, 2, 3), torch.ones(3, 4))\n"
+        "try: jk.causal_conv1d(torch.ones(1, 2, 3), torch.ones(3, 4), backend='cpu')\n"
+        "except jk.BackendUnavailable as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "'cpu' cannot run this call" in done.stdout
+    assert done.stderr.count("running on backend 'reference' because 'cpu' cannot") == 1
+
+
+@pytest.mark.skipif(NONE, reason="JAMBATALK_BUILD=none: no native library is wanted")
+@pytest.mark.parametrize("name", ["plain", "avx2", "avx512"])
+def test_the_environment_forces_an_instruction_set(name, tmp_path):
+    import _jambatalk_native as native
+
+    code = "import torch, _jambatalk_native as n; print(n.cpu_isa())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120,
+        env=os.environ | {"JAMBATALK_CPU_ISA": name},
+    )  # fmt: skip
+    if name in native.supported_cpu_isas():
+        assert done.stdout.strip() == name
+    else:
+        assert f"this processor does not run '{name}'" in done.stderr
+        pytest.skip(f"this processor has no {name}: only the refusal was tested")
+
+
+@pytest.mark.skipif(NONE, reason="JAMBATALK_BUILD=none: no native library is wanted")
+def test_only_stable_symbols_are_imported():
+    """One file for torch 2.11 and newer and Python 3.10 and newer: no C++ symbol of torch, only limited Python API."""
+    import _jambatalk_native as native
+
+    if not shutil.which("objdump"):
+        pytest.skip("no objdump")
+    assert native.__file__.endswith(".abi3.so")
+    table = subprocess.run(["objdump", "-T", native.__file__], capture_output=True, text=True, check=True).stdout
+    undefined = {line.split()[-1] for line in table.splitlines() if "*UND*" in line}
+    mangled = {name for name in undefined if name.startswith("_ZN") and ("2at" in name or "c10" in name or "5torch" in name)}
+    assert not mangled
+    assert any(name.startswith(("aoti_torch_", "torch_")) for name in undefined)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++") or not shutil.which("objdump"), reason="needs g++ and objdump")
+@pytest.mark.parametrize("name, register, other", [("avx512", "%zmm", None), ("avx2", "%ymm", "%zmm"), ("plain", "%xmm", "%ymm")])
+def test_machine_code_of_the_scan(name, register, other, tmp_path):
+    """What the speed rests on: full-width vectors, no call and no scalar exponential in the hot loop."""
+    import platform
+    import runpy
+
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("x86 instruction sets")
+    flags = runpy.run_path(str(ROOT / "setup.py"), run_name="flags")["ISA_FLAGS"]
+    source = f"kernels_{name}.cpp"
+    target = tmp_path / "kernels.o"
+    subprocess.run(
+        ["g++", "-std=c++20", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi",
+         *flags.get(source, []), f"-I{ROOT / 'csrc'}", "-c", str(ROOT / "csrc" / "cpu" / source), "-o", str(target)],
+        check=True,
+    )  # fmt: skip
+    text = subprocess.run(["objdump", "-d", "-r", "-C", "--no-show-raw-insn", str(target)], capture_output=True, text=True, check=True).stdout
+    loops = [f for f in text.split("\n\n") if f"{name}::scan_tile" in f.split(">:")[0] and "Lanes<float>, 4" in f.split(">:")[0]]
+    assert loops, "the tile of four states is a function of its own"
+    for loop in loops:
+        assert loop.count(register) > 50
+        assert "call" not in loop and "expf" not in loop
+        if other:
+            assert other not in loop
+        if name != "plain":
+            assert loop.count("vfmadd") + loop.count("vfnmadd") >= 4 * 8, "polynomial and recurrence are fused"
+    # Code for this instruction set must not be a symbol that another file could share: all in its own namespace.
+    symbols = subprocess.run(["nm", "-C", "--defined-only", str(target)], capture_output=True, text=True, check=True).stdout
+    for line in symbols.splitlines():
+        kind, symbol = line.split(maxsplit=2)[1:] if line[0] != " " else line.split(maxsplit=1)
+        if kind in "WVu":
+            assert f"jambatalk::{name}::" in symbol, symbol
+
+
+@pytest.mark.slow
+def test_setup_refuses_what_it_cannot_build():
+    for wish, message in (("cuda", "not written yet"), ("everything", "expected auto, cpu, cuda or none")):
+        done = subprocess.run(
+            [sys.executable, "setup.py", "--version"], capture_output=True, text=True, cwd=ROOT,
+            env=os.environ | {"JAMBATALK_BUILD": wish}, timeout=120,
+        )  # fmt: skip
+        assert done.returncode != 0 and message in done.stderr
