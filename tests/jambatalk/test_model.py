@@ -185,12 +185,9 @@ def test_cost_per_frame_does_not_grow():
 
     def seconds(frames):
         features = torch.randn(1, frames, 128)
-        best = float("inf")
-        for _ in range(2):
-            start = time.perf_counter()
-            model.generate(features, program=program)
-            best = min(best, time.perf_counter() - start)
-        return best
+        start = time.process_time()  # of this process: the loop runs on one thread, and the machine may be busy
+        model.generate(features, program=program)
+        return time.process_time() - start
 
     seconds(30)
-    assert seconds(6000) <= 11 * seconds(600)
+    assert seconds(6000) <= 11 * min(seconds(600) for _ in range(3))
