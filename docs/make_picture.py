@@ -22,7 +22,7 @@ def main(page: str, picture: str) -> None:
             subprocess.run(
                 ["chromium", "--headless", "--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader",
                  "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-                 "--disable-sync", "--hide-scrollbars", f"--user-data-dir={scratch}/profile", "--virtual-time-budget=4000",
+                 "--disable-sync", "--hide-scrollbars", f"--user-data-dir={scratch}/profile", "--timeout=5000",
                  f"--window-size={SIZE[0]},{SIZE[1]}", f"--screenshot={shot}", f"{Path(page).resolve().as_uri()}#t={moment}"],
                 check=True, stderr=subprocess.DEVNULL,
             )  # fmt: skip

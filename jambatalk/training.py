@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from jambatalk.audio_encoder import wav2vec2_architecture
 from jambatalk.config import JambaTalkConfig
 from jambatalk.data.augment import augment
 from jambatalk.data.vocaset import CORPUS_FPS, SAMPLING_RATE, Clip, Corpus, CorpusError
@@ -182,6 +183,8 @@ class Trainer:
             )
         config.subjects = subjects
         torch.manual_seed(options.seed)
+        if pretrained is not None:  # base, large, ...: the checkpoint says which
+            config.encoder = replace(config.encoder, **wav2vec2_architecture(pretrained))
         self.model = JambaTalk(config)
         if pretrained is not None:
             self.model.encoder.load_wav2vec2(pretrained)
@@ -275,7 +278,7 @@ class Trainer:
             with torch.no_grad():
                 own = truth
                 for _ in range(2):
-                    own, _ = self.model.decode(features.detach(), shift(own), batch.style)
+                    own, _ = self.model.decode(features.detach(), shift(own), batch.style, batch.valid)
             kind = torch.rand(truth.shape[0], 1, 1, generator=generator)
             frame = torch.rand(*truth.shape[:2], 1, generator=generator)
             # Half of the chosen clips are fed with generated motion throughout, half with a mixture by frame.
@@ -292,10 +295,11 @@ class Trainer:
         config = self.model.config
         generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + step)
         features = self.model.encode(batch.samples, batch.lengths, frames=batch.motion.shape[1])
-        motion, routings = self.model.decode(features, self.history(features, batch, step, generator), batch.style)
+        history = self.history(features, batch, step, generator)
+        motion, routings = self.model.decode(features, history, batch.style, batch.valid)
         losses = dict(zip(("vertex", "velocity"), self.loss(motion, batch.motion, batch.valid), strict=True))
         if routings:
-            losses["router"] = config.router_loss_weight * sum(load_balancing_loss(r) for r in routings) / len(routings)
+            losses["router"] = config.router_loss_weight * load_balancing_loss(routings)
         if self.phone_head is not None and (batch.phones >= 0).any():
             logits = self.phone_head(features).flatten(0, 1)
             labels = torch.where(batch.valid, batch.phones, -100).flatten()
@@ -396,7 +400,8 @@ class Trainer:
         folder = found[-1]
         loaded = JambaTalk.from_pretrained(folder)
         self.model.load_state_dict(loaded.state_dict())
-        state = load_file(folder / "training.safetensors")
+        # Cloned: load_file maps the file, and the optimiser would keep reading it.
+        state = {name: value.clone() for name, value in load_file(folder / "training.safetensors").items()}
         groups = self.optimizer.state_dict()["param_groups"]
         adam: dict[int, dict[str, Tensor]] = {}
         for name, value in state.items():
