@@ -8,14 +8,13 @@ from torch import Tensor
 from jambatalk_kernels.autograd import first_derivative
 from jambatalk_kernels.backends import choose, native_library
 from jambatalk_kernels.causal_conv1d.reference import conv_reference, conv_step_reference
-from jambatalk_kernels.checks import FLOATS, check_cu_seqlens, check_tensor
+from jambatalk_kernels.checks import check_cu_seqlens, check_tensor
 
 __all__ = ["causal_conv1d", "causal_conv1d_step"]
 
 MAX_WIDTH = 16
 
 _LOADED, _WHY_NOT = native_library()
-_NO_NATIVE = None if _LOADED else _WHY_NOT
 # "swish" is the other name of silu, which the field uses too.
 _ACTIVATIONS = {None: False, "silu": True, "swish": True}
 
@@ -56,40 +55,24 @@ def causal_conv1d(
 
     Errors: ``TypeError``/``ValueError`` that name the argument; ``BackendUnavailable`` for a forced backend.
     """
-    try:
-        silu = _ACTIVATIONS[activation]
-        batch, length, channels = x.shape
-        device = x.device
-        fine = (
-            weight.shape[0] == channels
-            and 1 <= weight.shape[1] <= MAX_WIDTH
-            and len(weight.shape) == 2
-            and x.dtype in FLOATS
-            and weight.dtype in FLOATS
-            and weight.device == device
-            and (bias is None or (bias.shape == (channels,) and bias.dtype in FLOATS and bias.device == device))
-            and initial_state is cu_seqlens is None
-        )
-    except (AttributeError, ValueError, IndexError, TypeError, KeyError):
-        fine = False
-    if not fine:
-        _check_conv("causal_conv1d", x, weight, bias, activation, initial_state, cu_seqlens)
-
-    if device.type == "cpu":
-        candidates = {"cpu": _NO_NATIVE, "reference": None}
-    else:
-        candidates = {"reference": None, "cpu": f"the inputs are on {device}"}
-    if choose("causal_conv1d", backend, candidates) == "reference":
+    silu = _check_activation("causal_conv1d", activation)
+    arguments = (x, weight, bias, initial_state, cu_seqlens)
+    chosen = choose("causal_conv1d", backend, _candidates(x))
+    # A call must cost microseconds: the native op tests its arguments itself, and only when it refuses them is the
+    # reason put into words here. What it cannot see is checked first: tracing runs no kernel, and values are optional.
+    if chosen == "reference" or cu_seqlens is not None or torch.compiler.is_compiling():
+        _check_conv(*arguments)
+    if chosen == "reference":
         y, final_state = conv_reference(x, weight, bias, silu, initial_state, cu_seqlens)
-    elif torch.is_grad_enabled() and (
-        x.requires_grad
-        or weight.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or (initial_state is not None and initial_state.requires_grad)
-    ):
-        y, final_state = _CausalConv1d.apply(x, weight, bias, initial_state, cu_seqlens, silu)
-    else:
-        y, final_state = torch.ops.jambatalk.causal_conv1d.default(x, weight, bias, initial_state, cu_seqlens, silu)
+        return (y, final_state) if return_final_state else y
+    try:
+        if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, initial_state):
+            y, final_state = _CausalConv1d.apply(*arguments, silu)
+        else:
+            y, final_state = torch.ops.jambatalk.causal_conv1d.default(*arguments, silu)
+    except (RuntimeError, TypeError, AttributeError):
+        _check_conv(*arguments)
+        raise
     return (y, final_state) if return_final_state else y
 
 
@@ -115,51 +98,55 @@ def causal_conv1d_step(
 
     Errors: as :func:`causal_conv1d`.
     """
-    op = "causal_conv1d_step"
+    silu = _check_activation("causal_conv1d_step", activation)
+    arguments = (state, x, weight, bias)
+    needs_grad = torch.is_grad_enabled() and _any_requires_grad(*arguments)
+    chosen = choose("causal_conv1d_step", backend, _candidates(x, needs_grad))
+    if chosen == "reference" or torch.compiler.is_compiling():
+        _check_step(*arguments)
+    if chosen == "reference":
+        return conv_step_reference(*arguments, silu)
     try:
-        silu = _ACTIVATIONS[activation]
-        batch, channels = x.shape
-        width = weight.shape[1]
-        device = x.device
-        fine = (
-            weight.shape == (channels, width)
-            and 1 <= width <= MAX_WIDTH
-            and state.shape == (batch, width - 1, channels)
-            and state.dtype in FLOATS
-            and x.dtype in FLOATS
-            and weight.dtype in FLOATS
-            and state.device == device
-            and weight.device == device
-            and (bias is None or (bias.shape == (channels,) and bias.dtype in FLOATS and bias.device == device))
-        )
-    except (AttributeError, ValueError, IndexError, TypeError, KeyError):
-        fine = False
-    if not fine:
-        _check_activation(op, activation)
-        check_tensor(op, "x", x, ("batch", "channels"), (None, None), None)
-        batch, channels = x.shape
-        width = _check_parameters(op, weight, bias, channels, x.device)
-        check_tensor(op, "state", state, ("batch", "width - 1", "channels"), (batch, width - 1, channels), x.device)
-
-    needs_grad = torch.is_grad_enabled() and (
-        state.requires_grad or x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
-    if device.type == "cpu":
-        reason = _NO_NATIVE or ("steps have no gradients there and this call needs them" if needs_grad else None)
-        candidates = {"cpu": reason, "reference": None}
-    else:
-        candidates = {"reference": None, "cpu": f"the inputs are on {device}"}
-    if choose(op, backend, candidates) == "reference":
-        return conv_step_reference(state, x, weight, bias, silu)
-    y = torch.ops.jambatalk.causal_conv1d_step.default(state, x, weight, bias, silu)
+        y = torch.ops.jambatalk.causal_conv1d_step.default(*arguments, silu)
+    except (RuntimeError, TypeError):
+        _check_step(*arguments)
+        raise
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(state)  # so that autograd sees a saved state that was overwritten
     return y
 
 
-def _check_activation(op: str, activation: object) -> None:
-    if activation not in _ACTIVATIONS:
+_ON_CPU = {"cpu": None if _LOADED else _WHY_NOT, "reference": None}
+_ON_CPU_WITH_GRAD = {"cpu": _ON_CPU["cpu"] or "steps have no gradients there and this call needs them", "reference": None}
+
+
+def _candidates(x: object, step_needs_grad: bool = False) -> dict[str, str | None]:
+    """The backends for inputs like ``x``, best first; something that is not a tensor is left to the checks."""
+    if isinstance(x, Tensor) and x.device.type != "cpu":
+        return {"reference": None, "cpu": f"the inputs are on {x.device}"}
+    return _ON_CPU_WITH_GRAD if step_needs_grad else _ON_CPU
+
+
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            return True
+    return False
+
+
+def _check_activation(op: str, activation: object) -> bool:
+    """-> is it silu"""
+    if activation is not None and not isinstance(activation, str) or activation not in _ACTIVATIONS:
         raise ValueError(f"{op}: activation: expected None or 'silu', got {activation!r}")
+    return _ACTIVATIONS[activation]
+
+
+def _check_step(state, x, weight, bias) -> None:
+    op = "causal_conv1d_step"
+    check_tensor(op, "x", x, ("batch", "channels"), (None, None), None)
+    batch, channels = x.shape
+    width = _check_parameters(op, weight, bias, channels, x.device)
+    check_tensor(op, "state", state, ("batch", "width - 1", "channels"), (batch, width - 1, channels), x.device)
 
 
 def _check_parameters(op: str, weight: object, bias: object, channels: int, device: torch.device) -> int:
@@ -173,9 +160,8 @@ def _check_parameters(op: str, weight: object, bias: object, channels: int, devi
     return width
 
 
-def _check_conv(op, x, weight, bias, activation, initial_state, cu_seqlens) -> None:
-    """The same checks as the inline ones, one by one, so that the error says which failed."""
-    _check_activation(op, activation)
+def _check_conv(x, weight, bias, initial_state, cu_seqlens) -> None:
+    op = "causal_conv1d"
     check_tensor(op, "x", x, ("batch", "length", "channels"), (None, None, None), None)
     batch, length, channels = x.shape
     width = _check_parameters(op, weight, bias, channels, x.device)
@@ -217,6 +203,7 @@ class _CausalConv1d(torch.autograd.Function):
 
 
 def _fake_conv(x, weight, bias, initial_state, cu_seqlens, silu):
+    _check_conv(x, weight, bias, initial_state, cu_seqlens)
     batch, _, channels = x.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -232,6 +219,7 @@ def _fake_conv_backward(grad_y, grad_final_state, x, weight, bias, initial_state
 
 
 def _fake_conv_step(state, x, weight, bias, silu):
+    _check_step(state, x, weight, bias)
     return x.new_empty(x.shape)
 
 

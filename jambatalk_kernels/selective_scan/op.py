@@ -7,13 +7,12 @@ from torch import Tensor
 
 from jambatalk_kernels.autograd import first_derivative
 from jambatalk_kernels.backends import choose, native_library
-from jambatalk_kernels.checks import FLOATS, check_cu_seqlens, check_tensor
+from jambatalk_kernels.checks import check_cu_seqlens, check_tensor
 from jambatalk_kernels.selective_scan.reference import compute_dtype, scan_reference, scan_step_reference
 
 __all__ = ["selective_scan", "selective_scan_step"]
 
 _LOADED, _WHY_NOT = native_library()
-_NO_NATIVE = None if _LOADED else _WHY_NOT
 
 
 def selective_scan(
@@ -65,51 +64,25 @@ def selective_scan(
 
     Source: Gu and Dao, "Mamba" (arXiv 2312.00752), algorithm 2.
     """
-    try:
-        shape = u.shape
-        batch, length, channels = shape
-        rows = (batch, length, A.shape[1])
-        device = u.device
-        fine = (
-            delta.shape == shape
-            and A.shape == (channels, rows[2])
-            and rows[2] > 0
-            and B.shape == rows
-            and C.shape == rows
-            and u.dtype in FLOATS
-            and delta.dtype in FLOATS
-            and A.dtype in FLOATS
-            and B.dtype in FLOATS
-            and C.dtype in FLOATS
-            and delta.device == device
-            and A.device == device
-            and B.device == device
-            and C.device == device
-            and (D is None or (D.shape == (channels,) and D.dtype in FLOATS and D.device == device))
-            and (z is None or (z.shape == shape and z.dtype in FLOATS and z.device == device))
-            and delta_bias is initial_state is cu_seqlens is None
-        )
-    except (AttributeError, ValueError, IndexError, TypeError):
-        fine = False
-    if not fine:
-        _check_scan("selective_scan", u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
-
-    if device.type == "cpu":
-        candidates = {"cpu": _NO_NATIVE, "reference": None}
-    else:
-        candidates = {"reference": None, "cpu": f"the inputs are on {device}"}
-    if choose("selective_scan", backend, candidates) == "reference":
+    arguments = (u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+    chosen = choose("selective_scan", backend, _candidates(u))
+    # A call must cost microseconds: the native op tests its arguments itself, and only when it refuses them is the
+    # reason put into words here. What it cannot see is checked first: tracing runs no kernel, and values are optional.
+    if chosen == "reference" or cu_seqlens is not None or torch.compiler.is_compiling():
+        _check_scan(*arguments)
+    if chosen == "reference":
         y, final_state = scan_reference(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens
         )
-    elif torch.is_grad_enabled() and _any_requires_grad(u, delta, A, B, C, D, z, delta_bias, initial_state):
-        y, final_state = _SelectiveScan.apply(
-            u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus
-        )
-    else:
-        y, final_state, _ = torch.ops.jambatalk.selective_scan.default(
-            u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, False
-        )
+        return (y, final_state) if return_final_state else y
+    try:
+        if torch.is_grad_enabled() and _any_requires_grad(u, delta, A, B, C, D, z, delta_bias, initial_state):
+            y, final_state = _SelectiveScan.apply(*arguments, delta_softplus)
+        else:
+            y, final_state, _ = torch.ops.jambatalk.selective_scan.default(*arguments, delta_softplus, False)
+    except (RuntimeError, TypeError, AttributeError):
+        _check_scan(*arguments)
+        raise
     return (y, final_state) if return_final_state else y
 
 
@@ -140,66 +113,37 @@ def selective_scan_step(
 
     Errors: as :func:`selective_scan`.
     """
-    op = "selective_scan_step"
+    arguments = (state, u, delta, A, B, C, D, z, delta_bias)
+    needs_grad = torch.is_grad_enabled() and _any_requires_grad(*arguments)
+    chosen = choose("selective_scan_step", backend, _candidates(u, needs_grad))
+    if chosen == "reference" or torch.compiler.is_compiling():
+        _check_step(*arguments)
+    if chosen == "reference":
+        return scan_step_reference(*arguments, delta_softplus)
     try:
-        shape = u.shape
-        batch, channels = shape
-        states = A.shape[1]
-        row = (batch, states)
-        device = u.device
-        fine = (
-            state.shape == (batch, channels, states)
-            and delta.shape == shape
-            and A.shape == (channels, states)
-            and states > 0
-            and B.shape == row
-            and C.shape == row
-            and state.dtype in FLOATS
-            and u.dtype in FLOATS
-            and delta.dtype in FLOATS
-            and A.dtype in FLOATS
-            and B.dtype in FLOATS
-            and C.dtype in FLOATS
-            and state.device == device
-            and delta.device == device
-            and A.device == device
-            and B.device == device
-            and C.device == device
-            and (D is None or (D.shape == (channels,) and D.dtype in FLOATS and D.device == device))
-            and (z is None or (z.shape == shape and z.dtype in FLOATS and z.device == device))
-            and delta_bias is None
-        )
-    except (AttributeError, ValueError, IndexError, TypeError):
-        fine = False
-    if not fine:
-        check_tensor(op, "u", u, ("batch", "channels"), (None, None), None)
-        batch, channels = u.shape
-        device = u.device
-        states = _check_parameters(op, A, channels, D, delta_bias, device)
-        check_tensor(op, "delta", delta, ("batch", "channels"), (batch, channels), device)
-        check_tensor(op, "B", B, ("batch", "states"), (batch, states), device)
-        check_tensor(op, "C", C, ("batch", "states"), (batch, states), device)
-        if z is not None:
-            check_tensor(op, "z", z, ("batch", "channels"), (batch, channels), device)
-        check_tensor(op, "state", state, ("batch", "channels", "states"), (batch, channels, states), device)
-
-    needs_grad = torch.is_grad_enabled() and _any_requires_grad(state, u, delta, A, B, C, D, z, delta_bias)
-    if device.type == "cpu":
-        reason = _NO_NATIVE or ("steps have no gradients there and this call needs them" if needs_grad else None)
-        candidates = {"cpu": reason, "reference": None}
-    else:
-        candidates = {"reference": None, "cpu": f"the inputs are on {device}"}
-    if choose(op, backend, candidates) == "reference":
-        return scan_step_reference(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    y = torch.ops.jambatalk.selective_scan_step.default(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+        y = torch.ops.jambatalk.selective_scan_step.default(*arguments, delta_softplus)
+    except (RuntimeError, TypeError):
+        _check_step(*arguments)
+        raise
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(state)  # so that autograd sees a saved state that was overwritten
     return y
 
 
+_ON_CPU = {"cpu": None if _LOADED else _WHY_NOT, "reference": None}
+_ON_CPU_WITH_GRAD = {"cpu": _ON_CPU["cpu"] or "steps have no gradients there and this call needs them", "reference": None}
+
+
+def _candidates(u: object, step_needs_grad: bool = False) -> dict[str, str | None]:
+    """The backends for inputs like ``u``, best first; something that is not a tensor is left to the checks."""
+    if isinstance(u, Tensor) and u.device.type != "cpu":
+        return {"reference": None, "cpu": f"the inputs are on {u.device}"}
+    return _ON_CPU_WITH_GRAD if step_needs_grad else _ON_CPU
+
+
 def _any_requires_grad(*tensors: Tensor | None) -> bool:
     for tensor in tensors:
-        if tensor is not None and tensor.requires_grad:
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
             return True
     return False
 
@@ -219,8 +163,22 @@ def _check_parameters(
     return states
 
 
-def _check_scan(op, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens) -> None:
-    """The same checks as the inline ones, one by one, so that the error says which failed."""
+def _check_step(state, u, delta, A, B, C, D, z, delta_bias) -> None:
+    op = "selective_scan_step"
+    check_tensor(op, "u", u, ("batch", "channels"), (None, None), None)
+    batch, channels = u.shape
+    device = u.device
+    states = _check_parameters(op, A, channels, D, delta_bias, device)
+    check_tensor(op, "delta", delta, ("batch", "channels"), (batch, channels), device)
+    check_tensor(op, "B", B, ("batch", "states"), (batch, states), device)
+    check_tensor(op, "C", C, ("batch", "states"), (batch, states), device)
+    if z is not None:
+        check_tensor(op, "z", z, ("batch", "channels"), (batch, channels), device)
+    check_tensor(op, "state", state, ("batch", "channels", "states"), (batch, channels, states), device)
+
+
+def _check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens) -> None:
+    op = "selective_scan"
     positions = ("batch", "length", "channels")
     check_tensor(op, "u", u, positions, (None, None, None), None)
     batch, length, channels = u.shape
@@ -281,6 +239,7 @@ def _padded(channels: int) -> int:
 
 
 def _fake_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, save_states):
+    _check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
     batch, length, channels = u.shape
     states = A.shape[1]
     dtype = compute_dtype(u.dtype)
@@ -305,6 +264,7 @@ def _fake_scan_backward(
 
 
 def _fake_scan_step(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+    _check_step(state, u, delta, A, B, C, D, z, delta_bias)
     return u.new_empty(u.shape)
 
 

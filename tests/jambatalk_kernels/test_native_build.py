@@ -119,12 +119,17 @@ def test_only_stable_symbols_are_imported():
 @pytest.mark.parametrize("name, register, other", [("avx512", "%zmm", None), ("avx2", "%ymm", "%zmm"), ("plain", "%xmm", "%ymm")])
 def test_machine_code_of_the_scan(name, register, other, tmp_path):
     """What the speed rests on: full-width vectors, no call and no scalar exponential in the hot loop."""
+    import ast
     import platform
-    import runpy
 
     if platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("x86 instruction sets")
-    flags = runpy.run_path(str(ROOT / "setup.py"), run_name="flags")["ISA_FLAGS"]
+    setup = ast.parse((ROOT / "setup.py").read_text())  # read, not run
+    (flags,) = (
+        ast.literal_eval(node.value)
+        for node in setup.body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "ISA_FLAGS"
+    )
     source = f"kernels_{name}.cpp"
     target = tmp_path / "kernels.o"
     subprocess.run(
@@ -146,7 +151,7 @@ def test_machine_code_of_the_scan(name, register, other, tmp_path):
     symbols = subprocess.run(["nm", "-C", "--defined-only", str(target)], capture_output=True, text=True, check=True).stdout
     for line in symbols.splitlines():
         kind, symbol = line.split(maxsplit=2)[1:] if line[0] != " " else line.split(maxsplit=1)
-        if kind in "WVu":
+        if kind in "WVu" and not symbol.startswith("DW.ref."):  # a pointer to the C++ runtime, not code
             assert f"jambatalk::{name}::" in symbol, symbol
 
 
