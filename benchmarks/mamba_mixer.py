@@ -32,7 +32,7 @@ def measure() -> dict:
     seconds = interleaved_seconds(
         {
             "mixer": lambda: mixer(x),
-            "products": lambda: [torch.nn.functional.linear(r, m.weight) for r, m in zip(rows, products)],
+            "products": lambda: [torch.nn.functional.linear(r, m.weight) for r, m in zip(rows, products, strict=False)],
         }
     )
     return {

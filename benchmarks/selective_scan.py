@@ -1,8 +1,8 @@
 """python benchmarks/selective_scan.py [--save NAME]: the CPU scan, one thread, at (1, 600, 1024, N = 16) float32.
 
-The ceiling: per channel and position, 16 states of 10 fused multiply-adds or products each (7 for the exponential, 3 for
-recurrence and output) and 7 additions, which other units take. At W lanes and F FMA per second that is W * F / 160
-channel-steps a second; F is measured here as half of what a matrix product reaches, in flop.
+The ceiling: per channel and position, 16 states of 10 fused multiply-adds or products each (7 for the exponential, 3
+for recurrence and output) and 7 additions, which other units take. At F fused operations per second (all lanes) that is
+F / 160 channel-steps a second; F is measured here as half of the flop rate that a matrix product reaches.
 """
 
 from __future__ import annotations

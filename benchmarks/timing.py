@@ -41,7 +41,7 @@ def interleaved_seconds(calls: dict[str, Callable[[], object]], rounds: int = 15
 
 
 def peak_matmul_flops() -> float:
-    """What one large float32 product reaches here and now, with the threads that are set: the ceiling beside a figure."""
+    """What one large float32 product reaches here and now, in flop per second: the ceiling beside a figure."""
     a = torch.randn(512, 512)
     return 2 * 512**3 / best_seconds(lambda: a @ a, seconds=0.2)
 

@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-import torch
+import torch  # noqa: F401  (the native library links against it)
 
 __all__ = ["BACKENDS", "BackendUnavailable", "VALIDATED", "choose", "native_library", "use_backend"]
 
@@ -31,7 +31,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 ENVIRONMENT_VARIABLE = "JAMBATALK_KERNELS_BACKEND"
 NATIVE_MODULE = "_jambatalk_native"
-# Must equal JAMBATALK_NATIVE_VERSION in csrc/registration.cpp: a clone may run beside a library built from older sources.
+# Must equal JAMBATALK_NATIVE_VERSION in csrc/registration.cpp: a clone may run beside a library of older sources.
 NATIVE_VERSION = 1
 
 # (op, backend, architecture) -> the file in benchmarks/results/ that shows the kernel running there. A GPU kernel

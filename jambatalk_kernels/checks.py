@@ -33,8 +33,10 @@ def check_tensor(
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name}: expected a tensor, got {type(value).__name__}")
     shape = tuple(value.shape)
-    if len(shape) != len(sizes) or any(want is not None and want != got for want, got in zip(sizes, shape)):
-        wanted = ", ".join(axis if size is None else f"{axis}={size}" for axis, size in zip(axes, sizes))
+    if len(shape) != len(sizes) or any(
+        want is not None and want != got for want, got in zip(sizes, shape, strict=False)
+    ):
+        wanted = ", ".join(axis if size is None else f"{axis}={size}" for axis, size in zip(axes, sizes, strict=False))
         raise ValueError(f"{op}: {name}: expected shape ({wanted}), got {shape}")
     if value.dtype not in FLOATS:
         raise TypeError(
@@ -56,7 +58,8 @@ def check_cu_seqlens(op: str, cu_seqlens: object, batch: int, length: int, devic
         raise TypeError(f"{op}: cu_seqlens: expected dtype torch.int32, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(
-            f"{op}: cu_seqlens: expected shape (sequences + 1,) with one sequence or more, got {tuple(cu_seqlens.shape)}"
+            f"{op}: cu_seqlens: expected shape (sequences + 1,) with one sequence or more, "
+            f"got {tuple(cu_seqlens.shape)}"
         )
     if cu_seqlens.device != device:
         raise ValueError(f"{op}: cu_seqlens: expected device {device}, got {cu_seqlens.device}")
@@ -65,5 +68,5 @@ def check_cu_seqlens(op: str, cu_seqlens: object, batch: int, length: int, devic
     # A traced or a meta tensor has no values.
     if type(cu_seqlens) is Tensor and device.type != "meta" and values_are_checked():
         bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in zip(bounds, bounds[1:])):
+        if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
             raise ValueError(f"{op}: cu_seqlens: expected values that rise from 0 to length={length}, got {bounds}")

@@ -135,7 +135,8 @@ def report(facts: dict) -> str:
     if native["loaded"]:
         lines.append(f"  built by        {native['compiler']}, with the headers of torch {native['built_with_torch']}")
         lines.append(
-            f"  instructions    {native['instruction_set']} (this processor runs {', '.join(native['instruction_sets'])})"
+            f"  instructions    {native['instruction_set']} "
+            f"(this processor runs {', '.join(native['instruction_sets'])})"
         )
     if native.get("sources_are_newer"):
         lines.append("  STALE           csrc/ has changed since it was built: run `pip install .` again")

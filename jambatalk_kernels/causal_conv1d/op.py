@@ -35,12 +35,12 @@ def causal_conv1d(
         y_t = activation(bias + sum_k weight[:, k] x_{t - width + 1 + k})
 
     Args:
-        x: (batch, length, channels). weight: (channels, width), width 1 to 16. bias: (channels,). Any mix of float dtypes.
+        x: (batch, length, channels). weight: (channels, width), width 1 to 16. bias: (channels,). Any float dtypes.
         activation: None or "silu" (also called "swish").
-        initial_state: the ``width - 1`` inputs before the first, (batch, width - 1, channels), oldest first; else zeros.
+        initial_state: the ``width - 1`` inputs before the first, (batch, width - 1, channels), oldest first; or zeros.
         return_final_state: also return the last ``width - 1`` inputs, the next call's ``initial_state``.
         cu_seqlens: int32 (sequences + 1,), boundaries of sequences packed along ``length`` (batch 1). States are then
-            (sequences, width - 1, channels). Empty sequences are allowed. Positions outside of every sequence give zeros.
+            (sequences, width - 1, channels). Empty sequences are allowed. Positions outside of all of them give zeros.
         backend: "reference" or "cpu"; by default the first that can run (see :mod:`jambatalk_kernels.backends`).
 
     Returns:
@@ -88,8 +88,8 @@ def causal_conv1d_step(
     """One position of :func:`causal_conv1d`: ``state`` drops its oldest row and gains ``x``, in place.
 
     Args:
-        state: (batch, width - 1, channels), any float dtype. x: (batch, channels). weight: (channels, width), width 1 to 16.
-        bias: (channels,). activation: None or "silu" (also called "swish").
+        state: (batch, width - 1, channels), any float dtype. x: (batch, channels).
+        weight: (channels, width), width 1 to 16. bias: (channels,). activation: None or "silu" (also called "swish").
 
     Returns: y (batch, channels) in x's dtype.
 
@@ -117,7 +117,10 @@ def causal_conv1d_step(
 
 
 _ON_CPU = {"cpu": None if _LOADED else _WHY_NOT, "reference": None}
-_ON_CPU_WITH_GRAD = {"cpu": _ON_CPU["cpu"] or "steps have no gradients there and this call needs them", "reference": None}
+_ON_CPU_WITH_GRAD = {
+    "cpu": _ON_CPU["cpu"] or "steps have no gradients there and this call needs them",
+    "reference": None,
+}
 
 
 def _candidates(x: object, step_needs_grad: bool = False) -> dict[str, str | None]:

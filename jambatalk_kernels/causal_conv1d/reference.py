@@ -79,7 +79,10 @@ def _gather_rows(x: Tensor, initial_state: Tensor, bounds: Tensor, sequence: Ten
 def conv_step_reference(
     state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = False
 ) -> Tensor:
-    """One position: ``state`` (batch, width - 1, channels) drops its oldest row and gains x, in place; -> y (batch, channels)."""
+    """One position: ``state`` (batch, width - 1, channels) drops its oldest row and gains x, in place.
+
+    -> y (batch, channels) in x's dtype.
+    """
     y, final_state = conv_reference(x.unsqueeze(1), weight, bias, silu, state)
     state.copy_(final_state)
     return y.squeeze(1)

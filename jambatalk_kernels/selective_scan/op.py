@@ -41,7 +41,8 @@ def selective_scan(
     op takes its first-order term, delta B. ``reference.scan_reference(exact_hold=True)`` computes the exact one.
 
     Args:
-        u, delta, z: (batch, length, channels). A: (channels, states), negative in practice. B, C: (batch, length, states).
+        u, delta, z: (batch, length, channels). B, C: (batch, length, states). A: (channels, states), negative in
+            practice.
         D, delta_bias: (channels,). Any mix of float dtypes; no broadcasting.
         initial_state: h before the first position, (batch, channels, states); zeros by default.
         return_final_state: also return h after the last position.
@@ -71,9 +72,7 @@ def selective_scan(
     if chosen == "reference" or cu_seqlens is not None or torch.compiler.is_compiling():
         _check_scan(*arguments)
     if chosen == "reference":
-        y, final_state = scan_reference(
-            u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens
-        )
+        y, final_state = scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens)
         return (y, final_state) if return_final_state else y
     try:
         if torch.is_grad_enabled() and _any_requires_grad(u, delta, A, B, C, D, z, delta_bias, initial_state):
@@ -131,7 +130,10 @@ def selective_scan_step(
 
 
 _ON_CPU = {"cpu": None if _LOADED else _WHY_NOT, "reference": None}
-_ON_CPU_WITH_GRAD = {"cpu": _ON_CPU["cpu"] or "steps have no gradients there and this call needs them", "reference": None}
+_ON_CPU_WITH_GRAD = {
+    "cpu": _ON_CPU["cpu"] or "steps have no gradients there and this call needs them",
+    "reference": None,
+}
 
 
 def _candidates(u: object, step_needs_grad: bool = False) -> dict[str, str | None]:
@@ -148,9 +150,7 @@ def _any_requires_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
-def _check_parameters(
-    op: str, A: object, channels: int, D: object, delta_bias: object, device: torch.device
-) -> int:
+def _check_parameters(op: str, A: object, channels: int, D: object, delta_bias: object, device: torch.device) -> int:
     """Check the tensors that have no batch; -> states."""
     check_tensor(op, "A", A, ("channels", "states"), (channels, None), device)
     states = A.shape[1]
@@ -215,8 +215,8 @@ class _SelectiveScan(torch.autograd.Function):
     def backward(ctx, grad_y, grad_final_state):
         u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, chunk_states = ctx.saved_tensors
         grads = first_derivative(
-            "selective_scan", torch.ops.jambatalk.selective_scan_backward.default, grad_y, grad_final_state, u, delta, A,
-            B, C, D, z, delta_bias, initial_state, cu_seqlens, chunk_states, ctx.delta_softplus,
+            "selective_scan", torch.ops.jambatalk.selective_scan_backward.default, grad_y, grad_final_state, u, delta,
+            A, B, C, D, z, delta_bias, initial_state, cu_seqlens, chunk_states, ctx.delta_softplus,
         )  # fmt: skip
         du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state = grads
         return (

@@ -105,7 +105,10 @@ def _positive_delta(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bo
 
 
 def _input_gain(delta: Tensor, A: Tensor, exact_hold: bool) -> Tensor:
-    """What multiplies B_t u_t: delta, or A^-1 (exp(delta A) - 1) for the exact zero-order hold. (..., channels, 1 or states)"""
+    """What multiplies B_t u_t: delta, or A^-1 (exp(delta A) - 1) for the exact zero-order hold.
+
+    (batch, length, channels, 1 or states)
+    """
     delta = delta.unsqueeze(-1)
     if not exact_hold:
         return delta

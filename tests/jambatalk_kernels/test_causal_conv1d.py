@@ -47,7 +47,7 @@ def outputs_and_gradients(named, backend, dtype=None, cu_seqlens=None, activatio
     g = torch.Generator().manual_seed(1)
     weights = [torch.randn(t.shape, generator=g, dtype=torch.float64).to(t.dtype) for t in (y, final)]
     grads = torch.autograd.grad([y, final], list(named.values()), weights, materialize_grads=True)
-    return {"y": y.detach(), "final": final.detach(), **dict(zip(named, grads))}
+    return {"y": y.detach(), "final": final.detach(), **dict(zip(named, grads, strict=False))}
 
 
 def rms_ratio(got, want):
@@ -98,7 +98,7 @@ def test_optional_arguments(without):
     for backend in ("reference", "cpu"):
         y = causal_conv1d(**named, activation="swish", backend=backend)
         results.append([y, *torch.autograd.grad(y.square().sum(), list(named.values()))])
-    for want, got in zip(*results):
+    for want, got in zip(*results, strict=False):
         torch.testing.assert_close(got, want)
 
 
@@ -110,7 +110,11 @@ def test_gradcheck(backend, packed):
 
     def call(*tensors):
         return causal_conv1d(
-            **dict(zip(NAMES, tensors)), activation="silu", return_final_state=True, cu_seqlens=cu, backend=backend
+            **dict(zip(NAMES, tensors, strict=False)),
+            activation="silu",
+            return_final_state=True,
+            cu_seqlens=cu,
+            backend=backend,
         )
 
     assert torch.autograd.gradcheck(call, tuple(v.requires_grad_() for v in named.values()))
@@ -145,7 +149,7 @@ def test_packed_sequences_are_separate_ones(backend, width):
     cu = torch.tensor(bounds, dtype=torch.int32)
     named = inputs(1, 200, 18, width, sequences=6)
     packed = outputs_and_gradients(named, backend, cu_seqlens=cu)
-    for s, (begin, end) in enumerate(zip(bounds, bounds[1:])):
+    for s, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
         y, final = causal_conv1d(
             named["x"][:, begin:end], named["weight"], named["bias"], activation="silu",
             initial_state=named["initial_state"][s : s + 1], return_final_state=True, backend=backend,
@@ -212,7 +216,7 @@ def test_any_strides_give_the_same_bytes(how, dtype, isa):
     g = torch.Generator().manual_seed(1)
     weights = [torch.randn(t.shape, generator=g, dtype=torch.float64).to(t.dtype) for t in (y, final)]
     grads = torch.autograd.grad([y, final], list(leaves.values()), [lay_out(weights[0]), weights[1]])
-    for (name, a), b in zip(want.items(), [y, final, *grads]):
+    for (name, a), b in zip(want.items(), [y, final, *grads], strict=False):
         assert torch.equal(a, b), name
 
 
@@ -286,7 +290,7 @@ def test_compiles_without_a_graph_break():
     for run in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
         y, final = run(**named)
         results.append([y, final, *torch.autograd.grad(y.sum() + final.sum(), list(named.values()))])
-    for want, got in zip(*results):
+    for want, got in zip(*results, strict=False):
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 

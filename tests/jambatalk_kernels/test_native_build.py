@@ -36,7 +36,12 @@ print(chosen, _jambatalk_native.__file__, jambatalk_kernels.__file__, sep="|")
 def _probe(cwd, *flags, **environment):
     env = {k: v for k, v in os.environ.items() if not k.startswith("JAMBATALK_") and k != "PYTHONPATH"}
     return subprocess.run(
-        [sys.executable, *flags, "-c", PROBE], capture_output=True, text=True, cwd=cwd, env=env | environment, timeout=300
+        [sys.executable, *flags, "-c", PROBE],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=env | environment,
+        timeout=300,
     )
 
 
@@ -109,14 +114,18 @@ def test_only_stable_symbols_are_imported():
     assert native.__file__.endswith(".abi3.so")
     table = subprocess.run(["objdump", "-T", native.__file__], capture_output=True, text=True, check=True).stdout
     undefined = {line.split()[-1] for line in table.splitlines() if "*UND*" in line}
-    mangled = {name for name in undefined if name.startswith("_ZN") and ("2at" in name or "c10" in name or "5torch" in name)}
+    mangled = {
+        name for name in undefined if name.startswith("_ZN") and ("2at" in name or "c10" in name or "5torch" in name)
+    }
     assert not mangled
     assert any(name.startswith(("aoti_torch_", "torch_")) for name in undefined)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++") or not shutil.which("objdump"), reason="needs g++ and objdump")
-@pytest.mark.parametrize("name, register, other", [("avx512", "%zmm", None), ("avx2", "%ymm", "%zmm"), ("plain", "%xmm", "%ymm")])
+@pytest.mark.parametrize(
+    "name, register, other", [("avx512", "%zmm", None), ("avx2", "%ymm", "%zmm"), ("plain", "%xmm", "%ymm")]
+)
 def test_machine_code_of_the_scan(name, register, other, tmp_path):
     """What the speed rests on: full-width vectors, no call and no scalar exponential in the hot loop."""
     import ast
@@ -133,12 +142,19 @@ def test_machine_code_of_the_scan(name, register, other, tmp_path):
     source = f"kernels_{name}.cpp"
     target = tmp_path / "kernels.o"
     subprocess.run(
-        ["g++", "-std=c++20", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi",
-         *flags.get(source, []), f"-I{ROOT / 'csrc'}", "-c", str(ROOT / "csrc" / "cpu" / source), "-o", str(target)],
+        ["g++", "-std=c++20", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
+         "-Wno-psabi", *flags.get(source, []), f"-I{ROOT / 'csrc'}", "-c",
+         str(ROOT / "csrc" / "cpu" / source), "-o", str(target)],
         check=True,
     )  # fmt: skip
-    text = subprocess.run(["objdump", "-d", "-r", "-C", "--no-show-raw-insn", str(target)], capture_output=True, text=True, check=True).stdout
-    loops = [f for f in text.split("\n\n") if f"{name}::scan_tile" in f.split(">:")[0] and "Lanes<float>, 4" in f.split(">:")[0]]
+    text = subprocess.run(
+        ["objdump", "-d", "-r", "-C", "--no-show-raw-insn", str(target)], capture_output=True, text=True, check=True
+    ).stdout
+    loops = [
+        f
+        for f in text.split("\n\n")
+        if f"{name}::scan_tile" in f.split(">:")[0] and "Lanes<float>, 4" in f.split(">:")[0]
+    ]
     assert loops, "the tile of four states is a function of its own"
     for loop in loops:
         assert loop.count(register) > 50
@@ -148,7 +164,9 @@ def test_machine_code_of_the_scan(name, register, other, tmp_path):
         if name != "plain":
             assert loop.count("vfmadd") + loop.count("vfnmadd") >= 4 * 8, "polynomial and recurrence are fused"
     # Code for this instruction set must not be a symbol that another file could share: all in its own namespace.
-    symbols = subprocess.run(["nm", "-C", "--defined-only", str(target)], capture_output=True, text=True, check=True).stdout
+    symbols = subprocess.run(
+        ["nm", "-C", "--defined-only", str(target)], capture_output=True, text=True, check=True
+    ).stdout
     for line in symbols.splitlines():
         kind, symbol = line.split(maxsplit=2)[1:] if line[0] != " " else line.split(maxsplit=1)
         if kind in "WVu" and not symbol.startswith("DW.ref."):  # a pointer to the C++ runtime, not code

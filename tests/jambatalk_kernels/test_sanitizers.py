@@ -20,7 +20,9 @@ def _library(name):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.environ.get("JAMBATALK_BUILD") == "none", reason="JAMBATALK_BUILD=none: nothing native is wanted")
+@pytest.mark.skipif(
+    os.environ.get("JAMBATALK_BUILD") == "none", reason="JAMBATALK_BUILD=none: nothing native is wanted"
+)
 @pytest.mark.skipif(platform.system() != "Linux" or not shutil.which("gcc"), reason="needs GCC on Linux")
 def test_the_kernels_are_clean_under_sanitizers(tmp_path):
     preload = [_library(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so")]
@@ -28,7 +30,8 @@ def test_the_kernels_are_clean_under_sanitizers(tmp_path):
         pytest.skip("GCC's sanitizer libraries are not installed")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAMBATALK_")}
     build = subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "o")],
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path / "lib"),
+         "--build-temp", str(tmp_path / "o")],
         cwd=ROOT, capture_output=True, text=True, timeout=1800,
         env=environment | {
             "JAMBATALK_BUILD": "cpu",
