@@ -18,6 +18,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, default=Path("runs/jambatalk"), help="run folder (default: runs/jambatalk)")
     p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run folder")
     p.add_argument("--encoder", metavar="PATH_OR_ID", help="a Wav2Vec 2.0 checkpoint to start the audio encoder from")
+    p.add_argument("--init", metavar="DIR", help="a JambaTalk checkpoint to start from (default: from scratch)")
     p.add_argument("--arrangement", choices=("moe-moe", "m-moe", "m-m", "moe-m"), help="order of the decoder's layers")
     p.add_argument("--steps", type=int, help="optimisation steps in all")
     p.add_argument("--batch", type=int, help="clips a step")
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
         options = TrainingOptions.for_preset(args.preset, **given)
         args.out.mkdir(parents=True, exist_ok=True)
-        trainer = Trainer(config, options, corpus, args.out, args.encoder)
+        trainer = Trainer(config, options, corpus, args.out, args.encoder, args.init)
         if args.resume and trainer.resume():
             print(f"resumed at step {trainer.step}", file=sys.stderr)
     except (ValueError, OSError) as error:

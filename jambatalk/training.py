@@ -33,7 +33,7 @@ from jambatalk.data.augment import augment
 from jambatalk.data.vocaset import CORPUS_FPS, SAMPLING_RATE, Clip, Corpus, CorpusError
 from jambatalk.face.mouth import inner_lip_gap
 from jambatalk.losses import MotionLoss, motion_metric
-from jambatalk.model import JambaTalk
+from jambatalk.model import CheckpointError, JambaTalk
 from jambatalk_kernels import load_balancing_loss
 
 PHONES = (
@@ -172,7 +172,17 @@ def shift(motion: Tensor) -> Tensor:
 class Trainer:
     """One run: `Trainer(config, options, corpus, out).run()`; `resume()` before it goes on from the last checkpoint."""
 
-    def __init__(self, config: JambaTalkConfig, options: TrainingOptions, corpus: Corpus, out: Path, pretrained=None):
+    def __init__(
+        self,
+        config: JambaTalkConfig,
+        options: TrainingOptions,
+        corpus: Corpus,
+        out: Path,
+        pretrained: str | None = None,
+        init: str | Path | None = None,
+    ):
+        """pretrained: a Wav2Vec 2.0 checkpoint for the encoder. init: a JambaTalk checkpoint to start from; its motion
+        basis is kept, since its weights are written in it, and so are the styles of the identities that it knows."""
         self.options, self.corpus, self.out = options, corpus, Path(out)
         clips = corpus.clips("train")
         subjects = list(dict.fromkeys(clip.subject for clip in clips))
@@ -190,9 +200,12 @@ class Trainer:
             self.model.encoder.load_wav2vec2(pretrained)
         self.outside = None
         basis = None
-        if config.motion_rank:
+        if config.motion_rank and init is None:
             basis, self.outside = motion_basis(corpus, clips, config.motion_rank)
             self.model.motion_basis.copy_(basis)
+        if init is not None:
+            self._start_from(init)
+            basis = self.model.motion_basis
         fps = Fraction(config.fps)
         self.train_set = MotionSet(corpus, clips, fps, basis)
         self.val_set = MotionSet(corpus, corpus.clips("val"), fps, basis)
@@ -225,6 +238,20 @@ class Trainer:
         if options.ema:
             self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(options.ema))
         self.step = 0
+
+    def _start_from(self, folder: str | Path) -> None:
+        model, old = self.model, JambaTalk.from_pretrained(folder)
+        styles = model.style.weight.detach().clone()
+        for name in set(model.config.subjects) & set(old.config.subjects):
+            styles[model.subject_index(name)] = old.style.weight[old.subject_index(name)].detach()
+        styles[model.unknown_style] = old.style.weight[old.unknown_style].detach()
+        trained = {name for name, _ in model.named_parameters()} | {"motion_basis"}
+        state = {name: value for name, value in old.state_dict().items() if name in trained} | {"style.weight": styles}
+        shapes = {name: value.shape for name, value in state.items()}
+        wrong = [name for name, value in model.state_dict().items() if name in trained and value.shape != shapes.get(name)]
+        if wrong:
+            raise CheckpointError(f"{folder}: another architecture than the {model.config.preset} preset: {wrong[0]} differs")
+        model.load_state_dict(state, strict=False)
 
     def _fill_buffers(self, subjects: list[str]) -> None:
         """What inference needs of the corpus: templates, faces, regions and the scale of the mouth's opening."""

@@ -10,7 +10,7 @@ from test_vocaset import write_corpus
 from jambatalk import train
 from jambatalk.config import JambaTalkConfig
 from jambatalk.data.vocaset import Corpus, CorpusError
-from jambatalk.model import JambaTalk
+from jambatalk.model import CheckpointError, JambaTalk
 from jambatalk.training import Trainer, TrainingOptions, collate, motion_basis, shift
 
 TINY_ENCODER = dict(conv_dim=(8, 8, 8, 8, 8, 8, 8), hidden=16, layers=1, heads=2, ffn=16)
@@ -73,6 +73,17 @@ def test_interrupted_and_resumed_equals_uninterrupted(corpus, tmp_path):
     assert second.resume() and second.step == 2
     parts = second.run()
     assert (parts / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_a_run_can_start_from_another(corpus, tmp_path):
+    first = Trainer(tiny_config(), options(), corpus, tmp_path / "first").run()
+    second = Trainer(tiny_config(), options(), corpus, tmp_path / "second", init=first)
+    before, after = JambaTalk.from_pretrained(first).state_dict(), second.model.state_dict()
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=0, msg=name)
+    with pytest.raises(CheckpointError, match="another architecture than the demo preset"):
+        Trainer(tiny_config(arrangement="m-m"), options(), corpus, tmp_path / "third", init=first)
 
 
 def test_overfitting_one_batch_lowers_the_loss(corpus, tmp_path):

@@ -42,7 +42,7 @@ from jambatalk.data.synthetic.articulation import articulate
 from jambatalk.data.synthetic.identities import Identity, cast, recorded
 from jambatalk.data.synthetic.labelled import Recording, Speaker, group, join, load_speakers
 from jambatalk.data.synthetic.phones import Phone, tidy
-from jambatalk.data.synthetic.sentences import COMMON, HELD_OUT, SPOKEN
+from jambatalk.data.synthetic.sentences import COMMON, HELD_OUT, SPOKEN, WRITTEN, compose
 from jambatalk.data.synthetic.speech import check_voices, speak
 from jambatalk.face import ARKIT_UNITS, inner_lip_gap, load_head
 
@@ -116,8 +116,8 @@ def sequence_name(number: int) -> str:
 def text_of(person: int, in_training: bool, number: int, sentences: int, seed: int) -> str:
     """What identity number `person` says as its sentence `number`.
 
-    The first quarter (at most ten) is common to all; then everyone has an own selection. The second half of a
-    held-out identity is text that nobody says in training.
+    The first quarter (at most ten) is common to all; then everyone has an own selection, and from number WRITTEN on own
+    composed sentences. The second half of a held-out identity is text that nobody says in training.
     """
     rng = np.random.default_rng([seed, 2, person])
     own, unseen = rng.permutation(len(SPOKEN)), rng.permutation(len(HELD_OUT))
@@ -126,6 +126,8 @@ def text_of(person: int, in_training: bool, number: int, sentences: int, seed: i
         return HELD_OUT[unseen[(number - sentences // 2) % len(HELD_OUT)]]
     if number < common:
         return COMMON[number]
+    if number >= WRITTEN:
+        return compose(np.random.default_rng([seed, 4, person, number]))
     return SPOKEN[own[(number - common) % len(SPOKEN)]]
 
 
