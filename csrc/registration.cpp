@@ -1,8 +1,8 @@
 // Every native op's schema, and the Python module that carries them.
 //
-// The module is top-level and named apart from the packages, so that a clone's folder never shadows the installed library.
-// Importing it registers the ops with torch (torch.ops.jambatalk.*); the shape functions for torch.compile and the
-// gradients are Python's (jambatalk_kernels/*/op.py). Only PyTorch's stable ABI and Python's limited API are used.
+// The module is top-level and named apart from the packages, so that a clone's folder never shadows the installed
+// library. Importing it registers the ops with torch (torch.ops.jambatalk.*); the shape functions for torch.compile and
+// the gradients are Python's (jambatalk_kernels/*/op.py). Only PyTorch's stable ABI and Python's limited API are used.
 #include <Python.h>
 
 #include <stdexcept>
@@ -13,8 +13,8 @@
 #include "cpu/isa.h"
 #include "cpu/ops.h"
 
-// Raised with every change of a schema or of what an op means, here and in jambatalk_kernels/backends.py: a library that
-// was built from another version of the sources is then refused, not called.
+// Raised with every change of a schema or of what an op means, here and in jambatalk_kernels/backends.py: a library
+// that was built from another version of the sources is then refused, not called.
 #define JAMBATALK_NATIVE_VERSION 1
 
 namespace jambatalk {
@@ -98,13 +98,22 @@ PyObject* supported_cpu_isas(PyObject*, PyObject*) {
 
 PyMethodDef methods[] = {
     {"cpu_isa", cpu_isa, METH_NOARGS, "The instruction set in use: avx512, avx2, plain or wide."},
-    {"set_cpu_isa", set_cpu_isa, METH_O, "Use the named instruction set from now on. RuntimeError if it cannot run here."},
-    {"supported_cpu_isas", supported_cpu_isas, METH_NOARGS, "What this processor can run, best first; 'wide' is for tests."},
+    {"set_cpu_isa", set_cpu_isa, METH_O,
+     "Use the named instruction set from now on. RuntimeError if it cannot run here."},
+    {"supported_cpu_isas", supported_cpu_isas, METH_NOARGS,
+     "What this processor can run, best first; 'wide' is for tests."},
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_jambatalk_native", "The native kernels of JambaTalk.", -1, methods,
-                      nullptr, nullptr, nullptr, nullptr};
+PyModuleDef module = {PyModuleDef_HEAD_INIT,
+                      "_jambatalk_native",
+                      "The native kernels of JambaTalk.",
+                      -1,
+                      methods,
+                      nullptr,
+                      nullptr,
+                      nullptr,
+                      nullptr};
 
 }  // namespace
 

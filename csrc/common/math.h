@@ -1,7 +1,7 @@
 // exp2, exp, log1p, softplus, sigmoid and silu by polynomial: the formulas that host and device share.
 //
-// Every function is a template over "lanes" L, which says what a value is (a vector of floats on the CPU, one float on a
-// GPU) and supplies the few operations that differ:
+// Every function is a template over "lanes" L, which says what a value is (a vector of floats on the CPU, one float on
+// a GPU) and supplies the few operations that differ:
 //   L::T, L::V                    element type and value type
 //   L::splat(T) -> V              all lanes equal
 //   L::max(bound, x), L::min(bound, x)   NaN in x comes through
@@ -9,8 +9,8 @@
 //   L::abs(x)
 //   L::scale_by_shifted(p, s)     p * 2^n where the low bits of s hold n (see kMagic)
 //
-// Polynomials: relative minimax fits (Remez), p(0) = 1 exactly, so that exp2(0) = 1 and a decay close to 1 stays accurate.
-// Measured in tests/jambatalk_kernels through the ops that use them.
+// Polynomials: relative minimax fits (Remez), p(0) = 1 exactly, so that exp2(0) = 1 and a decay close to 1 stays
+// accurate. Measured in tests/jambatalk_kernels through the ops that use them.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -35,8 +35,13 @@ struct MathConstants<float> {
   // ln 2 in two parts, the first short enough for n * kLn2High to be exact.
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   static constexpr int kExp2Degree = 6;
-  static constexpr float kExp2[7] = {1.0f, 0.693147214967884963f, 0.240226527828761768f, 0.0555031055120698058f,
-                                     0.00961769297614318723f, 0.00134066438474800602f, 0.000155946770151054106f};
+  static constexpr float kExp2[7] = {1.0f,
+                                     0.693147214967884963f,
+                                     0.240226527828761768f,
+                                     0.0555031055120698058f,
+                                     0.00961769297614318723f,
+                                     0.00134066438474800602f,
+                                     0.000155946770151054106f};
   static constexpr int kAtanhDegree = 4;
   static constexpr float kAtanh[5] = {1.0f, 0.3333320814293106f, 0.200107636151252674f, 0.140009027009058756f,
                                       0.140059931245908045f};
@@ -50,14 +55,28 @@ struct MathConstants<double> {
   static constexpr double kLn2 = 0.69314718055994531;
   static constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.42860682030941723212e-6;
   static constexpr int kExp2Degree = 11;
-  static constexpr double kExp2[12] = {1.0, 0.693147180559945697, 0.24022650695910098, 0.0555041086647903945,
-                                       0.00961812910760700262, 0.00133335581534399697, 0.000154035304415718501,
-                                       0.0000152527273851897748, 1.32154426754528552e-6, 1.01806476605730693e-7,
-                                       7.07257039454079943e-9, 4.07807178609287042e-10};
+  static constexpr double kExp2[12] = {1.0,
+                                       0.693147180559945697,
+                                       0.24022650695910098,
+                                       0.0555041086647903945,
+                                       0.00961812910760700262,
+                                       0.00133335581534399697,
+                                       0.000154035304415718501,
+                                       0.0000152527273851897748,
+                                       1.32154426754528552e-6,
+                                       1.01806476605730693e-7,
+                                       7.07257039454079943e-9,
+                                       4.07807178609287042e-10};
   static constexpr int kAtanhDegree = 9;
-  static constexpr double kAtanh[10] = {1.0, 0.333333333333388472, 0.199999999980248555,
-                                        0.142857145289979404, 0.111110964523747011, 0.0909140703450945813,
-                                        0.0768214779711296478, 0.0679315674360467106, 0.0495141265907419645,
+  static constexpr double kAtanh[10] = {1.0,
+                                        0.333333333333388472,
+                                        0.199999999980248555,
+                                        0.142857145289979404,
+                                        0.111110964523747011,
+                                        0.0909140703450945813,
+                                        0.0768214779711296478,
+                                        0.0679315674360467106,
+                                        0.0495141265907419645,
                                         0.0886987444026829566};
 };
 

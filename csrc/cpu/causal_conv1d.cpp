@@ -12,8 +12,9 @@ namespace {
 
 constexpr int64_t kChunk = 128;  // positions staged at a time: a block's rows stay in the L1 cache
 
-ConvCall describe(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& initial_state,
-                  const OptionalTensor& cu_seqlens, bool silu, const Pieces& pieces) {
+ConvCall describe(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                  const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens, bool silu,
+                  const Pieces& pieces) {
   ConvCall call{};
   call.batch = x.size(0), call.length = x.size(1), call.channels = x.size(2), call.width = weight.size(1);
   call.packed = cu_seqlens.has_value();
@@ -22,8 +23,8 @@ ConvCall describe(const Tensor& x, const Tensor& weight, const OptionalTensor& b
   call.x = as_array("x", x, {call.batch, call.length, call.channels});
   call.weight = as_array("weight", weight, {call.channels, call.width});
   call.bias = as_array("bias", bias, {call.channels});
-  call.initial_state = as_array("initial_state", initial_state,
-                                {sequences_of(cu_seqlens, call.batch), call.width - 1, call.channels});
+  call.initial_state =
+      as_array("initial_state", initial_state, {sequences_of(cu_seqlens, call.batch), call.width - 1, call.channels});
   // About 64 channels a task: neighbouring blocks share cache lines, and there is work for several threads.
   call.group_channels = group_size(call.channels, std::max<int64_t>(1, call.channels / 64));
   call.groups = group_count(call.channels, call.group_channels);

@@ -2,11 +2,11 @@
 //
 //   y_t = silu(bias + sum_k weight_k x_{t - width + 1 + k})
 //
-// A task is one batch entry and one group of channels; per piece and block of W channels it stages the piece's rows of x
-// and the width - 1 before them (from x, or from the initial state) in the L1 cache: one read of x per element.
-// Backward computes the sum before the activation again, walks the pieces in reverse and keeps the first width - 1 rows of
-// the later piece's gradient. Sums over time are in registers or the task's own memory, sums over the batch are the host
-// side's: a fixed order.
+// A task is one batch entry and one group of channels; per piece and block of W channels it stages the piece's rows of
+// x and the width - 1 before them (from x, or from the initial state) in the L1 cache: one read of x per element.
+// Backward computes the sum before the activation again, walks the pieces in reverse and keeps the first width - 1 rows
+// of the later piece's gradient. Sums over time are in registers or the task's own memory, sums over the batch are the
+// host side's: a fixed order.
 #pragma once
 
 #include "cpu/lanes.h"
@@ -16,8 +16,8 @@ namespace JT_ISA {
 
 constexpr int kMaxWidth = 16;
 
-// rows[r * pitch ..+ count): x at positions begin .. begin + count of one sequence, R vectors of channels from c; before the
-// sequence's start, rows of the initial state.
+// rows[r * pitch ..+ count): x at positions begin .. begin + count of one sequence, R vectors of channels from c;
+// before the sequence's start, rows of the initial state.
 template <class L, int R>
 void load_with_history(typename L::V* rows, int64_t pitch, const ConvCall& call, const Piece& piece, int64_t batch,
                        int64_t sequence, int64_t begin, int64_t count, int64_t c, int64_t valid) {
@@ -87,7 +87,8 @@ void conv_forward(const ConvCall& call, int64_t task_begin, int64_t task_end) {
       const int64_t begin = piece.begin, count = piece.end - begin, sequence = call.packed ? piece.sequence : batch;
       for (int64_t strip = group_begin; strip < group_end; strip += R * L::W) {
         const int64_t valid = group_end - strip, first_block = (strip - group_begin) / L::W;
-        load_with_history<L, R>(strip_x, rows, call, piece, batch, sequence, begin - history, history + count, strip, valid);
+        load_with_history<L, R>(strip_x, rows, call, piece, batch, sequence, begin - history, history + count, strip,
+                                valid);
         for (int r = 0; r < R && r * L::W < valid; ++r) {
           V *x = strip_x + r * rows, *y = strip_y + r * rows;
           conv_any_width<L>(x, weight + (first_block + r) * width, width, bias[first_block + r], count, y);
@@ -102,12 +103,12 @@ void conv_forward(const ConvCall& call, int64_t task_begin, int64_t task_end) {
   }
 }
 
-// One block of channels of one piece, backward. x: (history + count) rows; dpre: gradient of y in, of the sum before the
-// activation out, followed by `later`, the first rows of the next piece's; dx: (count) rows out.
+// One block of channels of one piece, backward. x: (history + count) rows; dpre: gradient of y in, of the sum before
+// the activation out, followed by `later`, the first rows of the next piece's; dx: (count) rows out.
 template <class L>
-void conv_rows_backward(const ConvCall& call, const typename L::V* x, typename L::V* dpre, typename L::V* dx, int64_t count,
-                        const typename L::V* weight, typename L::V bias, typename L::V* later, typename L::V* dweight,
-                        typename L::V* dbias) {
+void conv_rows_backward(const ConvCall& call, const typename L::V* x, typename L::V* dpre, typename L::V* dx,
+                        int64_t count, const typename L::V* weight, typename L::V bias, typename L::V* later,
+                        typename L::V* dweight, typename L::V* dbias) {
   using V = typename L::V;
   const int64_t width = call.width, history = width - 1;
   if (call.silu) {
@@ -166,7 +167,8 @@ void conv_backward(const ConvCall& call, int64_t task_begin, int64_t task_end) {
       }
       for (int64_t strip = group_begin; strip < group_end; strip += R * L::W) {
         const int64_t valid = group_end - strip;
-        load_with_history<L, R>(strip_x, rows, call, piece, batch, sequence, begin - history, history + count, strip, valid);
+        load_with_history<L, R>(strip_x, rows, call, piece, batch, sequence, begin - history, history + count, strip,
+                                valid);
         load_rows<L, R>(strip_dpre, rows, call.grad_y, batch, begin, count, strip, valid);
         for (int r = 0; r < R && r * L::W < valid; ++r) {
           const int64_t c = strip + r * L::W, k = (c - group_begin) / L::W;
@@ -181,7 +183,8 @@ void conv_backward(const ConvCall& call, int64_t task_begin, int64_t task_end) {
           if (piece.first && call.dinitial_state.data != nullptr) {
             for (int64_t row = 0; row < history; ++row) {  // position row - history: it reaches y_0 .. y_row
               V grad = row >= length ? final_grad[row - length] : V{};
-              for (int64_t tap = history - row; tap < width; ++tap) grad += dpre[row - history + tap] * w[history - tap];
+              for (int64_t tap = history - row; tap < width; ++tap)
+                grad += dpre[row - history + tap] * w[history - tap];
               from_state[row] = grad;
             }
             store_rows<L>(from_state, history, call.dinitial_state, sequence, 0, history, c, group_end - c);

@@ -33,9 +33,8 @@ void sum_terms(const SumCall& call, int64_t task_begin, int64_t task_end) {
 
 template <class T>
 constexpr KernelSet kernel_set() {
-  return {&scan_forward<Lanes<T>>, &scan_backward<Lanes<T>>, &scan_step<Lanes<T>>,
-          &conv_forward<Lanes<T>>, &conv_backward<Lanes<T>>, &conv_step<Lanes<T>>,
-          &sum_terms<Lanes<T>>};
+  return {&scan_forward<Lanes<T>>,  &scan_backward<Lanes<T>>, &scan_step<Lanes<T>>, &conv_forward<Lanes<T>>,
+          &conv_backward<Lanes<T>>, &conv_step<Lanes<T>>,     &sum_terms<Lanes<T>>};
 }
 
 }  // namespace JT_ISA

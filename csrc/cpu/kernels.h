@@ -31,17 +31,17 @@ constexpr int64_t kChannelPadding = 16;
 
 struct ScanCall {
   int64_t batch, length, channels, states;
-  int64_t chunk;     // positions between two saved states
-  bool packed;       // one batch entry holds several sequences; otherwise sequence = batch entry
+  int64_t chunk;  // positions between two saved states
+  bool packed;    // one batch entry holds several sequences; otherwise sequence = batch entry
   const Piece* pieces;
   int64_t piece_count;
   int64_t group_channels, groups;  // one task is one batch entry and one group of channels
   int64_t padded_channels;         // of saved states
   bool softplus;
-  Array u, delta, z, B, C;       // (batch, length, channels or states)
-  Array A;                       // (channels, states)
-  Array D, delta_bias;           // (channels)
-  Array initial_state;           // (sequences, channels, states)
+  Array u, delta, z, B, C;  // (batch, length, channels or states)
+  Array A;                  // (channels, states)
+  Array D, delta_bias;      // (channels)
+  Array initial_state;      // (sequences, channels, states)
   // forward
   Array y, final_state;
   void* chunk_states = nullptr;  // (batch, chunks, states, padded channels) of the compute type
@@ -49,10 +49,10 @@ struct ScanCall {
   Array grad_y, grad_final_state;
   // ... and that go out; the sums over batch and groups are finished by the host side, in a fixed order
   Array du, ddelta, dz, dinitial_state;
-  void* dA_partial;                // (batch, channels, states), compute type
-  void* dD_partial;                // (batch, channels)
-  void* dbias_partial;             // (batch, channels)
-  void* dBC_partial;               // (batch, groups, length, 2 * states): dB, then dC
+  void* dA_partial;     // (batch, channels, states), compute type
+  void* dD_partial;     // (batch, channels)
+  void* dbias_partial;  // (batch, channels)
+  void* dBC_partial;    // (batch, groups, length, 2 * states): dB, then dC
 };
 
 struct ScanStepCall {

@@ -1,5 +1,5 @@
-// AVX-512 (F, DQ, BW, VL): 512-bit vectors. Compiled with its own flags (setup.py); nothing in it runs before isa.cpp has
-// asked the processor. Empty where the architecture is another.
+// AVX-512 (F, DQ, BW, VL): 512-bit vectors. Compiled with its own flags (setup.py); nothing in it runs before isa.cpp
+// has asked the processor. Empty where the architecture is another.
 #if defined(__x86_64__)
 #define JT_ISA avx512
 #define JT_WIDTH 64

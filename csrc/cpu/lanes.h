@@ -1,6 +1,6 @@
 // Vectors of JT_WIDTH bytes, in the compiler's own vector extension: one source for every instruction set.
-// Included by one file per instruction set, inside its own namespace (JT_ISA), so that code compiled for AVX-512 can never
-// be linked into the path that runs without it.
+// Included by one file per instruction set, inside its own namespace (JT_ISA), so that code compiled for AVX-512 can
+// never be linked into the path that runs without it.
 #pragma once
 
 #include "common/math.h"
@@ -85,12 +85,16 @@ struct Narrow;
 template <>
 struct Narrow<float> {
   template <class T>
-  static JT_INLINE float from(T x) { return float(x); }
+  static JT_INLINE float from(T x) {
+    return float(x);
+  }
 };
 template <>
 struct Narrow<double> {
   template <class T>
-  static JT_INLINE double from(T x) { return double(x); }
+  static JT_INLINE double from(T x) {
+    return double(x);
+  }
 };
 template <>
 struct Narrow<BFloat16> {  // round to nearest even; NaN stays NaN
@@ -153,8 +157,8 @@ inline constexpr bool kSame<A, A> = true;
 template <class L>
 inline constexpr int kStrip = 64 / JT_WIDTH;  // vectors
 
-// rows[r * pitch + t] = array[i, j0 + t, c0 + r * W ..) for r < R vectors; `valid` of the R * W channels exist, the others
-// are zero, as is an absent array.
+// rows[r * pitch + t] = array[i, j0 + t, c0 + r * W ..) for r < R vectors; `valid` of the R * W channels exist, the
+// others are zero, as is an absent array.
 template <class L, int R = 1>
 void load_rows(typename L::V* rows, int64_t pitch, const Array& array, int64_t i, int64_t j0, int64_t count, int64_t c0,
                int64_t valid) {

@@ -1,5 +1,5 @@
-// The native CPU ops, as registration.cpp binds them. Shapes as in the Python functions of the same names; a gradient of
-// an argument that was not given is an empty tensor.
+// The native CPU ops, as registration.cpp binds them. Shapes as in the Python functions of the same names; a gradient
+// of an argument that was not given is an empty tensor.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -12,11 +12,11 @@ namespace jambatalk {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-std::tuple<Tensor, Tensor, Tensor> selective_scan(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
-                                                  const Tensor& C, const OptionalTensor& D, const OptionalTensor& z,
-                                                  const OptionalTensor& delta_bias, const OptionalTensor& initial_state,
-                                                  const OptionalTensor& cu_seqlens, bool delta_softplus,
-                                                  bool save_states);
+std::tuple<Tensor, Tensor, Tensor> selective_scan(const Tensor& u, const Tensor& delta, const Tensor& A,
+                                                  const Tensor& B, const Tensor& C, const OptionalTensor& D,
+                                                  const OptionalTensor& z, const OptionalTensor& delta_bias,
+                                                  const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
+                                                  bool delta_softplus, bool save_states);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_scan_backward(
     const OptionalTensor& grad_y, const OptionalTensor& grad_final_state, const Tensor& u, const Tensor& delta,

@@ -50,7 +50,8 @@ Tensor sum_groups(const Tensor& partial, int64_t offset, int64_t states, ScalarT
   SumCall call{};
   call.batch = batch, call.groups = length, call.terms = groups, call.columns = states;
   call.partial = static_cast<const char*>(partial.const_data_ptr()) + offset * int64_t(partial.element_size());
-  call.row_stride = 2 * states, call.term_stride = length * 2 * states, call.outer_stride = groups * length * 2 * states;
+  call.row_stride = 2 * states, call.term_stride = length * 2 * states,
+  call.outer_stride = groups * length * 2 * states;
   call.target = as_array("sum", total, {batch, length, states});
   run_tasks(kernels_for(partial.scalar_type()).sum_terms, call, groups);
   return total;
@@ -58,11 +59,11 @@ Tensor sum_groups(const Tensor& partial, int64_t offset, int64_t states, ScalarT
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> selective_scan(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
-                                                  const Tensor& C, const OptionalTensor& D, const OptionalTensor& z,
-                                                  const OptionalTensor& delta_bias, const OptionalTensor& initial_state,
-                                                  const OptionalTensor& cu_seqlens, bool delta_softplus,
-                                                  bool save_states) {
+std::tuple<Tensor, Tensor, Tensor> selective_scan(const Tensor& u, const Tensor& delta, const Tensor& A,
+                                                  const Tensor& B, const Tensor& C, const OptionalTensor& D,
+                                                  const OptionalTensor& z, const OptionalTensor& delta_bias,
+                                                  const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
+                                                  bool delta_softplus, bool save_states) {
   check_dimensions(u, A);
   const int64_t sequences = sequences_of(cu_seqlens, u.size(0));
   const Pieces pieces(cu_seqlens, u.size(0), u.size(1), chunk_length(A.size(1)));
@@ -74,8 +75,9 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(const Tensor& u, const Tensor&
   call.y = as_array("y", y, {call.batch, call.length, call.channels});
   call.final_state = as_array("final_state", final_state, {sequences, call.channels, call.states});
   const int64_t chunks = (call.length + call.chunk - 1) / call.chunk;
-  Tensor chunk_states = save_states ? new_tensor(type, {call.batch, chunks, call.states, padded_channels(call.channels)})
-                                    : new_tensor(type, {0});
+  Tensor chunk_states = save_states
+                            ? new_tensor(type, {call.batch, chunks, call.states, padded_channels(call.channels)})
+                            : new_tensor(type, {0});
   if (save_states) {
     // The saved states of chunks that no sequence continues into are never read; zero keeps the bytes reproducible.
     fill_zero(chunk_states);
@@ -113,11 +115,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   if (z.has_value()) call.dz = as_array("dz", dz, {b, l, c});
   if (initial_state.has_value()) call.dinitial_state = as_array("dinitial_state", dinitial_state, {sequences, c, n});
 
-  // Groups are a matter of the shape alone, not of the number of threads: they decide the order of the sums over channels.
-  // As many as keep the partial sums of dB and dC no larger than u.
+  // Groups are a matter of the shape alone, not of the number of threads: they decide the order of the sums over
+  // channels. As many as keep the partial sums of dB and dC no larger than u.
   call.group_channels = group_size(c, std::clamp<int64_t>(c / (2 * n), 1, 16));
   call.groups = group_count(c, call.group_channels);
-  Tensor dA_partial = new_tensor(type, {b, c, n}), dD_partial = new_tensor(type, {b, c}), dbias_partial = new_tensor(type, {b, c});
+  Tensor dA_partial = new_tensor(type, {b, c, n}), dD_partial = new_tensor(type, {b, c}),
+         dbias_partial = new_tensor(type, {b, c});
   Tensor dBC_partial = new_tensor(type, {b, call.groups, l, 2 * n});
   call.dA_partial = dA_partial.mutable_data_ptr();
   call.dD_partial = dD_partial.mutable_data_ptr();

@@ -2,20 +2,20 @@
 //
 //   h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t;   y_t = (C_t . h_t + D u_t) silu(z_t)
 //
-// A task is one batch entry and one group of channels. It walks the pieces of the sequence (chunks of `chunk` positions);
-// for each it stages, strip of channels by strip, delta, u, z as rows of vectors in the L1 cache (any dtype, any stride),
-// then runs the recurrence on kTile states at a time, so that their h and A stay in registers while time runs. B_t and C_t are
-// the same for all channels: broadcasts.
+// A task is one batch entry and one group of channels. It walks the pieces of the sequence (chunks of `chunk`
+// positions); for each it stages, strip of channels by strip, delta, u, z as rows of vectors in the L1 cache (any
+// dtype, any stride), then runs the recurrence on kTile states at a time, so that their h and A stay in registers while
+// time runs. B_t and C_t are the same for all channels: broadcasts.
 //
-// Cost per channel, position and state: the exponential (10 operations: clamp, split, polynomial, scale) and 4 more. Forward
-// is bound by these; the memory traffic is 3 reads and 1 write per channel and position.
+// Cost per channel, position and state: the exponential (10 operations: clamp, split, polynomial, scale) and 4 more.
+// Forward is bound by these; the memory traffic is 3 reads and 1 write per channel and position.
 //
 // Backward recomputes the states of one piece at a time from the state saved at its start, then walks it in reverse:
 //   g_t = C_t dy_t + a_{t+1} g_{t+1}          (a_t = exp(delta_t A), g: gradient of h_t)
 //   dC_t = sum over channels of dy_t h_t      dB_t = sum over channels of g_t delta_t u_t
 //   dA = sum over t of g_t a_t h_{t-1} delta_t,   ddelta_t = sum over states of g_t a_t h_{t-1} A + (g_t . B_t) u_t
-// The sums over channels are kept as vectors over the blocks of a group, then across lanes, then (by the host side) across
-// groups, each in a fixed order that depends on the shape alone: the same bytes with any number of threads.
+// The sums over channels are kept as vectors over the blocks of a group, then across lanes, then (by the host side)
+// across groups, each in a fixed order that depends on the shape alone: the same bytes with any number of threads.
 //
 // Algorithm: Gu and Dao, arXiv 2312.00752. Channels in lanes, not states: no horizontal sum, any number of states.
 #pragma once
@@ -29,8 +29,9 @@ constexpr int kTile = 4;  // states in registers at a time
 
 // S states over `count` positions; h in and out, y accumulated.
 template <class L, int S>
-__attribute__((noinline)) void scan_tile(const typename L::V* delta, const typename L::V* drive, const typename L::T* B, const typename L::T* C,
-               int64_t states, int64_t count, const typename L::V* A, typename L::V* h, typename L::V* y) {
+__attribute__((noinline)) void scan_tile(const typename L::V* delta, const typename L::V* drive, const typename L::T* B,
+                                         const typename L::T* C, int64_t states, int64_t count, const typename L::V* A,
+                                         typename L::V* h, typename L::V* y) {
   using V = typename L::V;
   V state[S], decay[S];
   for (int s = 0; s < S; ++s) state[s] = h[s], decay[s] = A[s];
@@ -78,7 +79,8 @@ void load_parameters(const ScanCall& call, int64_t group_begin, int64_t group_en
 template <class L>
 typename L::T* saved_state(const ScanCall& call, int64_t batch, const Piece& piece, int64_t c) {
   const int64_t chunks = (call.length + call.chunk - 1) / call.chunk;
-  return (typename L::T*)call.chunk_states + (batch * chunks + piece.begin / call.chunk) * call.states * call.padded_channels + c;
+  return (typename L::T*)call.chunk_states +
+         (batch * chunks + piece.begin / call.chunk) * call.states * call.padded_channels + c;
 }
 
 template <class L>
@@ -144,15 +146,17 @@ void scan_forward(const ScanCall& call, int64_t task_begin, int64_t task_end) {
 }
 
 // The piece's states again, then their gradients in reverse, for S states of one block of channels.
-//   h: in, at the piece's start. carry: gradient of the piece's last state from the future; out, of the state before it.
-//   d_drive += g . B, d_log_decay += g a h A (in units of log2), dA += g a h delta. sum_B, sum_C: (count, states) vectors.
-//   decays, history: scratch, S * count and S * (count + 1) vectors.
+//   h: in, at the piece's start. carry: gradient of the piece's last state from the future; out, of the state before
+//   it. d_drive += g . B, d_log_decay += g a h A (in units of log2), dA += g a h delta. sum_B, sum_C: (count, states)
+//   vectors. decays, history: scratch, S * count and S * (count + 1) vectors.
 template <class L, int S>
-__attribute__((noinline)) void scan_tile_backward(const typename L::V* delta, const typename L::V* drive, const typename L::V* dy,
-                        const typename L::T* B, const typename L::T* C, int64_t states, int64_t count,
-                        const typename L::V* A, const typename L::V* h, typename L::V* carry, typename L::V* y,
-                        typename L::V* d_drive, typename L::V* d_log_decay, typename L::V* dA, typename L::V* sum_B,
-                        typename L::V* sum_C, typename L::V* decays, typename L::V* history) {
+__attribute__((noinline)) void scan_tile_backward(const typename L::V* delta, const typename L::V* drive,
+                                                  const typename L::V* dy, const typename L::T* B,
+                                                  const typename L::T* C, int64_t states, int64_t count,
+                                                  const typename L::V* A, const typename L::V* h, typename L::V* carry,
+                                                  typename L::V* y, typename L::V* d_drive, typename L::V* d_log_decay,
+                                                  typename L::V* dA, typename L::V* sum_B, typename L::V* sum_C,
+                                                  typename L::V* decays, typename L::V* history) {
   using V = typename L::V;
   V rate[S];
   {
@@ -203,11 +207,12 @@ void scan_backward(const ScanCall& call, int64_t task_begin, int64_t task_end) {
   const bool gated = call.z.data != nullptr;
   const int64_t N = call.states, rows = smaller(call.chunk, call.length);
   const int64_t blocks = (call.group_channels + L::W - 1) / L::W;
-  Carver carve{(char*)scratch(3 * carved<V>(blocks * N) + 4 * carved<V>(blocks) + carved<V>(N) + 2 * carved<T>(rows * N) +
-                              2 * carved<V>(rows * N) + 4 * carved<V>(R * rows) + 6 * carved<V>(rows) +
-                              carved<V>(rows * kTile) + carved<V>((rows + 1) * kTile))};
+  Carver carve{(char*)scratch(3 * carved<V>(blocks * N) + 4 * carved<V>(blocks) + carved<V>(N) +
+                              2 * carved<T>(rows * N) + 2 * carved<V>(rows * N) + 4 * carved<V>(R * rows) +
+                              6 * carved<V>(rows) + carved<V>(rows * kTile) + carved<V>((rows + 1) * kTile))};
   V *A = carve.take<V>(blocks * N), *dA = carve.take<V>(blocks * N), *carry = carve.take<V>(blocks * N);
-  V *D = carve.take<V>(blocks), *bias = carve.take<V>(blocks), *dD = carve.take<V>(blocks), *dbias = carve.take<V>(blocks);
+  V *D = carve.take<V>(blocks), *bias = carve.take<V>(blocks), *dD = carve.take<V>(blocks),
+    *dbias = carve.take<V>(blocks);
   V* h = carve.take<V>(N);
   T *B = carve.take<T>(rows * N), *C = carve.take<T>(rows * N);
   V *sum_B = carve.take<V>(rows * N), *sum_C = carve.take<V>(rows * N);
@@ -238,7 +243,8 @@ void scan_backward(const ScanCall& call, int64_t task_begin, int64_t task_end) {
           const int64_t c = strip + r * L::W, k = (c - group_begin) / L::W;
           if (c >= group_end) break;
           // What is staged here is replaced by its gradient.
-          V *raw = strip_delta + r * rows, *u = strip_u + r * rows, *z = strip_z + r * rows, *grad = strip_grad + r * rows;
+          V *raw = strip_delta + r * rows, *u = strip_u + r * rows, *z = strip_z + r * rows,
+            *grad = strip_grad + r * rows;
           if (piece.first) {
             load_transposed<L>(h, call.initial_state, sequence, c, N, group_end - c);
           } else {
@@ -255,8 +261,8 @@ void scan_backward(const ScanCall& call, int64_t task_begin, int64_t task_end) {
             d_drive[t] = d_log_decay[t] = V{};
           }
           for_tiles(N, [&]<int S>(int64_t n) {
-            scan_tile_backward<L, S>(delta, drive, dy, B + n, C + n, N, count, A + k * N + n, h + n, carry + k * N + n, y,
-                                     d_drive, d_log_decay, dA + k * N + n, sum_B + n, sum_C + n, decays, history);
+            scan_tile_backward<L, S>(delta, drive, dy, B + n, C + n, N, count, A + k * N + n, h + n, carry + k * N + n,
+                                     y, d_drive, d_log_decay, dA + k * N + n, sum_B + n, sum_C + n, decays, history);
           });
           V piece_bias = {}, piece_D = {};  // summed by piece first: less rounding than one long sum
           for (int64_t t = 0; t < count; ++t) {

@@ -19,8 +19,8 @@ Tensor new_tensor(ScalarType type, std::initializer_list<int64_t> sizes) {
   if (type == ScalarType::BFloat16) dtype = aoti_torch_dtype_bfloat16();
   if (type == ScalarType::Half) dtype = aoti_torch_dtype_float16();
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
   Tensor tensor(handle);
   const char* check = std::getenv("JAMBATALK_KERNELS_CHECK");
   if (check != nullptr && *check != '\0' && std::strcmp(check, "0") != 0) {

@@ -61,7 +61,8 @@ inline Array as_array(const char* name, const OptionalTensor& tensor, std::initi
   return tensor.has_value() ? as_array(name, *tensor, sizes) : Array{};
 }
 
-// A new contiguous CPU tensor. With JAMBATALK_KERNELS_CHECK=1 it is full of NaN, so that a test sees what was not written.
+// A new contiguous CPU tensor. With JAMBATALK_KERNELS_CHECK=1 it is full of NaN, so that a test sees what was not
+// written.
 Tensor new_tensor(ScalarType type, std::initializer_list<int64_t> sizes);
 void fill_zero(Tensor& tensor);
 
@@ -70,8 +71,8 @@ inline Tensor new_gradient(const OptionalTensor& tensor, ScalarType otherwise, s
   return tensor.has_value() ? new_tensor(tensor->scalar_type(), sizes) : new_tensor(otherwise, {0});
 }
 
-// The sequences of a call, cut into pieces where a chunk begins (positions that are multiples of `chunk`). The values of
-// cu_seqlens are clamped into 0 .. length, and to rise.
+// The sequences of a call, cut into pieces where a chunk begins (positions that are multiples of `chunk`). The values
+// of cu_seqlens are clamped into 0 .. length, and to rise.
 struct Pieces {
   std::vector<Piece> list;
   int64_t longest = 0;
