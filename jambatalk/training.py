@@ -103,7 +103,7 @@ class MotionSet:
     """
 
     def __init__(self, corpus: Corpus, clips: list[Clip], fps: Fraction, basis: Tensor | None):
-        self.corpus, self.clips, self.fps = corpus, clips, fps
+        self.corpus, self.clips, self.fps, self.basis = corpus, clips, fps, basis
         self.audio = [clip.audio() for clip in clips]
         self.coefficients: list[np.ndarray] | None = None
         if basis is not None:
@@ -112,6 +112,15 @@ class MotionSet:
 
     def __len__(self) -> int:
         return len(self.clips)
+
+    def gaps(self, upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
+        """(frames of all clips,) metres that the inner lips are further apart than on the template.
+
+        The gap is a height and so linear in the vertices: a displacement's gap is what it adds."""
+        if self.coefficients is None:
+            return np.concatenate([inner_lip_gap(self.corpus.displacement(clip, 4), upper, lower) for clip in self.clips])
+        shapes = self.basis.T.reshape(self.basis.shape[1], -1, 3).numpy()
+        return np.concatenate(self.coefficients) @ inner_lip_gap(shapes, upper, lower)
 
     def example(self, index: int, speed: Fraction = Fraction(1)) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """samples (n,), motion (frames, d), phones (frames,), the clip played `speed` times as fast."""
@@ -260,12 +269,7 @@ class Trainer:
         opening_scale = 1.0
         if "inner_lip_upper" in corpus.regions:
             upper, lower = corpus.regions["inner_lip_upper"], corpus.regions["inner_lip_lower"]
-            gaps = []
-            for clip in self.train_set.clips:
-                rest = corpus.templates[clip.subject]
-                frames = np.asarray(corpus.vertices[clip.rows[::4]])
-                gaps.append(inner_lip_gap(frames, upper, lower) - inner_lip_gap(rest[None], upper, lower)[0])
-            opening_scale = float(np.percentile(np.concatenate(gaps), 95))
+            opening_scale = float(np.percentile(self.train_set.gaps(upper, lower), 95))
         model.set_head(templates, corpus.faces, corpus.regions, opening_scale)
 
     # One step
