@@ -54,13 +54,19 @@ class MotionLoss(nn.Module):
             return (error.square() * self.metric).sum(-1)
         return ((error @ self.metric) * error).sum(-1)
 
-    def forward(self, predicted: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, predicted: Tensor, target: Tensor, valid: Tensor, emphasis: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """predicted, target (batch, frames, d); valid (batch, frames) bool -> position and velocity loss, weighted scalars.
 
-        Each is a mean over the valid frames, so that padding does not count.
+        Each is a mean over the valid frames, so that padding does not count. emphasis: (batch, frames), factors on the
+        position loss of each frame.
         """
         error = predicted.float() - target.float()
-        position = self._square(error)[valid].mean()
+        position = self._square(error)
+        if emphasis is not None:
+            position = position * emphasis
+        position = position[valid].mean()
         both = valid[:, 1:] & valid[:, :-1]
         velocity = self._square(error[:, 1:] - error[:, :-1])[both]
         velocity = velocity.mean() if velocity.numel() else position.new_zeros(())

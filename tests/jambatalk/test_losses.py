@@ -50,3 +50,13 @@ def test_padding_does_not_count():
 def test_one_frame_has_no_velocity():
     loss = MotionLoss(motion_metric(3))
     assert loss(torch.ones(1, 1, 9), torch.zeros(1, 1, 9), torch.ones(1, 1, dtype=torch.bool))[1] == 0
+
+
+def test_emphasis_weighs_frames():
+    loss = MotionLoss(motion_metric(3))
+    predicted, target = torch.zeros(1, 2, 9), torch.ones(1, 2, 9)
+    valid = torch.ones(1, 2, dtype=torch.bool)
+    plain = loss(predicted, target, valid)
+    weighed = loss(predicted, target, valid, torch.tensor([[1.0, 6.0]]))
+    torch.testing.assert_close(weighed[0], 3.5 * plain[0])
+    assert weighed[1] == plain[1]
