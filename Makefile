@@ -21,6 +21,7 @@ check: $(VENV)/.installed-test lint
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check --quiet .
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

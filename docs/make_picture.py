@@ -1,6 +1,6 @@
 """Make docs/demo.png: moments of the bundled clip, as a browser shows them. Needs Debian's chromium and Pillow.
 
-    python -m jambatalk.infer -o demo.html && python docs/make_picture.py demo.html docs/demo.png
+python -m jambatalk.infer -o demo.html && python docs/make_picture.py demo.html docs/demo.png
 """
 
 import subprocess
@@ -23,7 +23,8 @@ def main(page: str, picture: str) -> None:
                 ["chromium", "--headless", "--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader",
                  "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
                  "--disable-sync", "--hide-scrollbars", f"--user-data-dir={scratch}/profile", "--timeout=5000",
-                 f"--window-size={SIZE[0]},{SIZE[1]}", f"--screenshot={shot}", f"{Path(page).resolve().as_uri()}#t={moment}"],
+                 f"--window-size={SIZE[0]},{SIZE[1]}", f"--screenshot={shot}",
+                 f"{Path(page).resolve().as_uri()}#t={moment}"],
                 check=True, stderr=subprocess.DEVNULL,
             )  # fmt: skip
             tiles.append(Image.open(shot).convert("RGB").crop(FACE).resize((260, 300), Image.Resampling.LANCZOS))

@@ -146,8 +146,9 @@ class AudioEncoder(nn.Module):
         chunk = total if torch.is_grad_enabled() else CHUNK_FRAMES
         return torch.cat([out for _, out in self.chunks(samples, total, chunk, counts)], dim=1)
 
-    def chunks(self, samples: Tensor, frames: int, size: int = CHUNK_FRAMES,
-               counts: list[int] | None = None) -> Iterator[tuple[int, Tensor]]:
+    def chunks(
+        self, samples: Tensor, frames: int, size: int = CHUNK_FRAMES, counts: list[int] | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
         """windowed: encode clips `size` frames at a time, each time with exactly the audio that those frames depend on.
         Yields (first frame, (batch, at most size, hidden)) in order; memory does not grow with the clip.
 
@@ -170,8 +171,9 @@ class AudioEncoder(nn.Module):
         step = self.config.feature_position(1, self.fps)
         positions = [step * frame for frame in range(first, last)]
         before = torch.tensor([p.numerator // p.denominator for p in positions], device=samples.device)
-        share = torch.tensor([float(p - p.numerator // p.denominator) for p in positions], dtype=samples.dtype,
-                             device=samples.device)[:, None]
+        share = torch.tensor(
+            [float(p - p.numerator // p.denominator) for p in positions], dtype=samples.dtype, device=samples.device
+        )[:, None]
         k0, k1 = int(before[0]), int(before[-1]) + 1
         begin = k0 * self.config.hop - self.config.receptive_field // 2
         end = k1 * self.config.hop - self.config.receptive_field // 2 + self.config.receptive_field
@@ -198,14 +200,18 @@ class AudioEncoder(nn.Module):
         from transformers import Wav2Vec2Model
 
         found = wav2vec2_architecture(source)
-        wrong = [f"{name} is {value}, not {getattr(self.config, name)}" for name, value in found.items()
-                 if name not in ("dropout", "attention_dropout", "activation_dropout", "layer_drop")
-                 and getattr(self.config, name) != value]
+        wrong = [
+            f"{name} is {value}, not {getattr(self.config, name)}"
+            for name, value in found.items()
+            if name not in ("dropout", "attention_dropout", "activation_dropout", "layer_drop")
+            and getattr(self.config, name) != value
+        ]
         if wrong:
             raise EncoderError(f"{source}: its architecture is not the encoder's: {'; '.join(wrong)}")
         try:
-            model, report = Wav2Vec2Model.from_pretrained(source, use_safetensors=_has_safetensors(source),
-                                                          output_loading_info=True)
+            model, report = Wav2Vec2Model.from_pretrained(
+                source, use_safetensors=_has_safetensors(source), output_loading_info=True
+            )
         except Exception as error:  # whatever transformers and the hub raise, it is this checkpoint that cannot be had
             raise EncoderError(f"{source}: cannot be loaded: {str(error).splitlines()[0]}") from error
         missing = sorted(_own_names(dict.fromkeys(report["missing_keys"])))
@@ -219,13 +225,24 @@ def wav2vec2_config(config: AudioEncoderConfig) -> Wav2Vec2Config:
     from transformers import Wav2Vec2Config
 
     hf = Wav2Vec2Config(
-        conv_dim=config.conv_dim, conv_kernel=config.conv_kernel, conv_stride=config.conv_stride,
-        conv_bias=config.conv_bias, feat_extract_norm=config.conv_norm, num_feat_extract_layers=len(config.conv_dim),
-        hidden_size=config.hidden, num_hidden_layers=config.layers, num_attention_heads=config.heads,
-        intermediate_size=config.ffn, do_stable_layer_norm=config.pre_norm,
-        num_conv_pos_embeddings=config.pos_conv_kernel, num_conv_pos_embedding_groups=config.pos_conv_groups,
-        hidden_dropout=config.dropout, attention_dropout=config.attention_dropout,
-        activation_dropout=config.activation_dropout, feat_proj_dropout=0.0, layerdrop=config.layer_drop,
+        conv_dim=config.conv_dim,
+        conv_kernel=config.conv_kernel,
+        conv_stride=config.conv_stride,
+        conv_bias=config.conv_bias,
+        feat_extract_norm=config.conv_norm,
+        num_feat_extract_layers=len(config.conv_dim),
+        hidden_size=config.hidden,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        intermediate_size=config.ffn,
+        do_stable_layer_norm=config.pre_norm,
+        num_conv_pos_embeddings=config.pos_conv_kernel,
+        num_conv_pos_embedding_groups=config.pos_conv_groups,
+        hidden_dropout=config.dropout,
+        attention_dropout=config.attention_dropout,
+        activation_dropout=config.activation_dropout,
+        feat_proj_dropout=0.0,
+        layerdrop=config.layer_drop,
         layer_norm_eps=config.layer_norm_eps,
     )
     hf._attn_implementation = "sdpa"  # the modules are built without the model class that would choose it
@@ -243,12 +260,23 @@ def wav2vec2_architecture(source: str | Path) -> dict:
     if hf.model_type != "wav2vec2":
         raise EncoderError(f"{source}: it is a {hf.model_type} checkpoint, not wav2vec2")
     return dict(
-        conv_dim=list(hf.conv_dim), conv_kernel=list(hf.conv_kernel), conv_stride=list(hf.conv_stride),
-        conv_bias=hf.conv_bias, conv_norm=hf.feat_extract_norm, hidden=hf.hidden_size, layers=hf.num_hidden_layers,
-        heads=hf.num_attention_heads, ffn=hf.intermediate_size, pre_norm=hf.do_stable_layer_norm,
-        pos_conv_kernel=hf.num_conv_pos_embeddings, pos_conv_groups=hf.num_conv_pos_embedding_groups,
-        dropout=hf.hidden_dropout, attention_dropout=hf.attention_dropout, activation_dropout=hf.activation_dropout,
-        layer_drop=hf.layerdrop, layer_norm_eps=hf.layer_norm_eps,
+        conv_dim=list(hf.conv_dim),
+        conv_kernel=list(hf.conv_kernel),
+        conv_stride=list(hf.conv_stride),
+        conv_bias=hf.conv_bias,
+        conv_norm=hf.feat_extract_norm,
+        hidden=hf.hidden_size,
+        layers=hf.num_hidden_layers,
+        heads=hf.num_attention_heads,
+        ffn=hf.intermediate_size,
+        pre_norm=hf.do_stable_layer_norm,
+        pos_conv_kernel=hf.num_conv_pos_embeddings,
+        pos_conv_groups=hf.num_conv_pos_embedding_groups,
+        dropout=hf.hidden_dropout,
+        attention_dropout=hf.attention_dropout,
+        activation_dropout=hf.activation_dropout,
+        layer_drop=hf.layerdrop,
+        layer_norm_eps=hf.layer_norm_eps,
     )
 
 

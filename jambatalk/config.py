@@ -14,6 +14,7 @@ ARRANGEMENTS = {  # M: Mamba + MLP; E: Mamba + mixture of experts; T: attention 
 
 SAMPLING_RATE = 16000  # Hz, of every audio encoder here
 
+
 class ConfigError(ValueError):
     """A configuration that cannot be: one clear line."""
 
@@ -58,8 +59,10 @@ class AudioEncoderConfig:
         if self.conv_norm not in ("group", "layer"):
             raise ConfigError(f"encoder.conv_norm must be 'group' or 'layer', got {self.conv_norm!r}")
         if self.hidden % self.heads or self.hidden % self.pos_conv_groups:
-            raise ConfigError(f"encoder.heads and pos_conv_groups must divide hidden ({self.hidden}), "
-                              f"got {self.heads} and {self.pos_conv_groups}")
+            raise ConfigError(
+                f"encoder.heads and pos_conv_groups must divide hidden ({self.hidden}), "
+                f"got {self.heads} and {self.pos_conv_groups}"
+            )
         if self.context not in ("full", "windowed"):
             raise ConfigError(f"encoder.context must be 'full' or 'windowed', got {self.context!r}")
         if self.context == "windowed":
@@ -154,8 +157,18 @@ class JambaTalkConfig:
             self.encoder = _build(AudioEncoderConfig, self.encoder, "encoder.")
         if self.arrangement not in ARRANGEMENTS:
             raise ConfigError(f"arrangement must be one of {', '.join(ARRANGEMENTS)}, got {self.arrangement!r}")
-        for name in ("vertices", "d_model", "heads", "kv_heads", "hidden", "experts", "top_k", "states", "conv_width",
-                     "expand"):
+        for name in (
+            "vertices",
+            "d_model",
+            "heads",
+            "kv_heads",
+            "hidden",
+            "experts",
+            "top_k",
+            "states",
+            "conv_width",
+            "expand",
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be a positive whole number, got {value!r}")
@@ -231,8 +244,9 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
         raise ConfigError(f"{prefix.rstrip('.') or 'the configuration'} must be an object, got {type(values).__name__}")
     unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
     if unknown:
-        raise ConfigError(f"unknown configuration key{'s' * (len(unknown) > 1)}: "
-                          + ", ".join(prefix + key for key in unknown))
+        raise ConfigError(
+            f"unknown configuration key{'s' * (len(unknown) > 1)}: " + ", ".join(prefix + key for key in unknown)
+        )
     try:
         return cls(**values)
     except ConfigError:
@@ -254,9 +268,21 @@ PRESETS: dict[str, dict[str, Any]] = {
         lip_weight=10.0,
         opening_weight=1.0,
         encoder=dict(
-            context="windowed", freeze_front_end=False, attention_back=30, attention_ahead=1, input_gain=10.0,
-            conv_dim=[48, 64, 96, 128, 128, 128, 192], conv_bias=True, conv_norm="layer",
-            hidden=256, layers=4, heads=4, ffn=768, pre_norm=True, pos_conv_kernel=9, pos_conv_groups=4,
+            context="windowed",
+            freeze_front_end=False,
+            attention_back=30,
+            attention_ahead=1,
+            input_gain=10.0,
+            conv_dim=[48, 64, 96, 128, 128, 128, 192],
+            conv_bias=True,
+            conv_norm="layer",
+            hidden=256,
+            layers=4,
+            heads=4,
+            ffn=768,
+            pre_norm=True,
+            pos_conv_kernel=9,
+            pos_conv_groups=4,
             activation_dropout=0.0,
         ),
     ),

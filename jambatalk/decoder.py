@@ -73,8 +73,9 @@ class MambaMixer(nn.Module):
         if state is None:
             u = causal_conv1d(u, weight, self.conv1d.bias, activation="silu")
         else:
-            u, state.conv = causal_conv1d(u, weight, self.conv1d.bias, activation="silu", initial_state=state.conv,
-                                          return_final_state=True)
+            u, state.conv = causal_conv1d(
+                u, weight, self.conv1d.bias, activation="silu", initial_state=state.conv, return_final_state=True
+            )
         dt, B, C = self.x_proj(u).split([self.rank, self.states, self.states], dim=-1)
         delta = linear(self.dt_layernorm(dt), self.dt_proj.weight)
         B, C = self.b_layernorm(B), self.c_layernorm(C)
@@ -82,16 +83,27 @@ class MambaMixer(nn.Module):
         if state is None:
             y = selective_scan(u, delta, self.A, B, C, **arguments)
         else:
-            y, state.scan = selective_scan(u, delta, self.A, B, C, **arguments, initial_state=state.scan,
-                                           return_final_state=True)
+            y, state.scan = selective_scan(
+                u, delta, self.A, B, C, **arguments, initial_state=state.scan, return_final_state=True
+            )
         return self.out_proj(y)
 
     def record(self, norm: nn.RMSNorm) -> records.MambaMixer:
         return records.MambaMixer(
-            norm=norm.weight, in_proj=self.in_proj.weight, conv_weight=self.conv1d.weight[:, 0],
-            conv_bias=self.conv1d.bias, x_proj=self.x_proj.weight, dt_norm=self.dt_layernorm.weight,
-            b_norm=self.b_layernorm.weight, c_norm=self.c_layernorm.weight, dt_proj=self.dt_proj.weight,
-            dt_bias=self.dt_proj.bias, A=self.A, D=self.D, out_proj=self.out_proj.weight)
+            norm=norm.weight,
+            in_proj=self.in_proj.weight,
+            conv_weight=self.conv1d.weight[:, 0],
+            conv_bias=self.conv1d.bias,
+            x_proj=self.x_proj.weight,
+            dt_norm=self.dt_layernorm.weight,
+            b_norm=self.b_layernorm.weight,
+            c_norm=self.c_layernorm.weight,
+            dt_proj=self.dt_proj.weight,
+            dt_bias=self.dt_proj.bias,
+            A=self.A,
+            D=self.D,
+            out_proj=self.out_proj.weight,
+        )
 
 
 class Attention(nn.Module):
@@ -129,8 +141,17 @@ class Attention(nn.Module):
         return rotary_table(positions, self.head_dim, self.rope_base, dtype)
 
     def record(self, norm: nn.RMSNorm) -> records.AttentionMixer:
-        return records.AttentionMixer(norm.weight, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight,
-                                      self.o_proj.weight, self.heads, self.kv_heads, self.window, self.rope_base)
+        return records.AttentionMixer(
+            norm.weight,
+            self.q_proj.weight,
+            self.k_proj.weight,
+            self.v_proj.weight,
+            self.o_proj.weight,
+            self.heads,
+            self.kv_heads,
+            self.window,
+            self.rope_base,
+        )
 
 
 class MLP(nn.Module):
@@ -190,8 +211,9 @@ class Layer(nn.Module):
         self.mlp = Experts(config) if kind == "E" else MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, valid: Tensor | None = None,
-                state: MambaState | KVCache | None = None) -> tuple[Tensor, Routing | None]:
+    def forward(
+        self, x: Tensor, valid: Tensor | None = None, state: MambaState | KVCache | None = None
+    ) -> tuple[Tensor, Routing | None]:
         x = x + self.dropout(self.mixer(self.mixer_norm(x), state))
         y, routing = self.mlp(self.mlp_norm(x), valid)
         return x + self.dropout(y), routing
@@ -209,8 +231,9 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layers)
         self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
 
-    def forward(self, x: Tensor, valid: Tensor | None = None,
-                state: DecoderState | None = None) -> tuple[Tensor, list[Routing], DecoderState | None]:
+    def forward(
+        self, x: Tensor, valid: Tensor | None = None, state: DecoderState | None = None
+    ) -> tuple[Tensor, list[Routing], DecoderState | None]:
         """x (batch, length, d), history already in it -> hidden (batch, length, d) after the final norm.
 
         valid: (batch, length) bool; padding, at the end of each sequence, is not routed to experts. The valid frames of
@@ -237,8 +260,9 @@ class Decoder(nn.Module):
     def new_state(self, batch: int, frames: int = 0) -> DecoderState:
         """The state before the first frame."""
         weight = self.norm.weight
-        return DecoderState.empty(self.records(), weight.shape[0], batch, frames=frames, dtype=weight.dtype,
-                                  device=weight.device)
+        return DecoderState.empty(
+            self.records(), weight.shape[0], batch, frames=frames, dtype=weight.dtype, device=weight.device
+        )
 
     def program(self, feedback: Tensor | None, feedback_bias: Tensor | None) -> records.Program:
         """The decoder as data, for `jambatalk_kernels.rollout`; shares memory with the parameters."""

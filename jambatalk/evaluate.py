@@ -5,8 +5,8 @@ Runs a checkpoint on every recording under DIR and prints the mouth measures of 
 - `opening_rms_correlation`: opening against the loudness of the speech; mean over clips;
 - `opening_lag_ms`: how late the mouth is, the delay at which that mean is largest (in whole frames; negative: early);
 - `silence_opening`: mean |opening| over the pauses of all clips;
-- `bilabial_closure_20`: share of all p, b and m at which the opening falls to 0.2 or less; `bilabial_count` is how many;
-- `other_closure_20`: the same share over all other sounds. A mouth that hardly opens closes everywhere: the measure above
+- `bilabial_closure_20`: share of all p, b, m at which the opening falls to 0.2 or less; `bilabial_count` is how many;
+- `other_closure_20`: the same share over all other sounds. A mouth that hardly opens closes everywhere: the one above
   means something only by its distance from this one;
 - `opening_p95`: the 95th percentile of the opening over all frames (1 in the training corpus);
 - `opening_jitter`: frame-to-frame changes of direction, mean over clips;
@@ -301,7 +301,10 @@ def _table(report: dict[str, Any]) -> str:
     lines = [list(columns), *([cell(row) for cell in columns.values()] for row in report["clip_rows"])]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     text = [
-        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths)))
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=False))
+        )
         for line in lines
     ]
     summary = {key: number(value) for key, value in report.items() if key != "clip_rows"}
@@ -320,7 +323,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     # and a module of named protocols beside this one; --speech then excludes them.
     parser.add_argument("--speech", metavar="DIR", required=True, help="folder of recordings (wav, flac, ogg)")
     parser.add_argument("--model", metavar="DIR", help="checkpoint folder or hub id (default: the bundled demo)")
-    parser.add_argument("--subject", metavar="NAME", help="training identity whose style to speak in, or mean or unknown")
+    parser.add_argument(
+        "--subject", metavar="NAME", help="training identity whose style to speak in, or mean or unknown"
+    )
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     parser.add_argument("--no-align", action="store_true", help="leave out what needs transcripts and pocketsphinx")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")

@@ -19,7 +19,7 @@ def motion_metric(
 ) -> Tensor:
     """The quadratic form of a weighted mean squared vertex error.
 
-    error^2 = 1/V sum_v w_v |d_v|^2 + opening_weight / P sum_p |d_upper(p) - d_lower(p)|^2, in mm^2 for d in metres, where
+    error^2 = 1/V sum_v w_v |d_v|^2 + opening_weight / P sum_p |d_upper(p) - d_lower(p)|^2, in mm^2 for d in metres, and
     w_v = lip_weight on `lips` and 1 elsewhere. The second term is the error of the inner lips' opening: a mouth that
     must close is a small difference of two large displacements, which the first term hardly sees.
 
@@ -57,7 +57,7 @@ class MotionLoss(nn.Module):
     def forward(
         self, predicted: Tensor, target: Tensor, valid: Tensor, emphasis: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """predicted, target (batch, frames, d); valid (batch, frames) bool -> position and velocity loss, weighted scalars.
+        """predicted, target (batch, frames, d); valid (batch, frames) bool -> position and velocity loss, scalars.
 
         Each is a mean over the valid frames, so that padding does not count. emphasis: (batch, frames), factors on the
         position loss of each frame.

@@ -93,7 +93,9 @@ def opening_rms_correlation(opening: np.ndarray, envelope: np.ndarray) -> float:
     """
     opening, envelope = _vector(opening, "opening"), _vector(envelope, "envelope")
     if len(opening) != len(envelope):
-        raise ValueError(f"opening and envelope must have one value a frame each, got {len(opening)} and {len(envelope)}")
+        raise ValueError(
+            f"opening and envelope must have one value a frame each, got {len(opening)} and {len(envelope)}"
+        )
     if len(opening) == 0:
         return float("nan")
     o, e = opening - opening.mean(), envelope - envelope.mean()

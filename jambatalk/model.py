@@ -92,8 +92,11 @@ class JambaTalk(nn.Module):
 
     @property
     def regions(self) -> dict[str, Tensor]:
-        return {name.removeprefix("region_"): buffer for name, buffer in self.named_buffers(recurse=False)
-                if name.startswith("region_")}
+        return {
+            name.removeprefix("region_"): buffer
+            for name, buffer in self.named_buffers(recurse=False)
+            if name.startswith("region_")
+        }
 
     # Style
 
@@ -124,8 +127,10 @@ class JambaTalk(nn.Module):
 
     def subject_index(self, name: str) -> int:
         if name not in self.config.subjects:
-            raise ValueError(f"unknown subject {name!r}; this model knows "
-                             f"{', '.join(self.config.subjects) or 'none'}, and also 'mean' and 'unknown'")
+            raise ValueError(
+                f"unknown subject {name!r}; this model knows "
+                f"{', '.join(self.config.subjects) or 'none'}, and also 'mean' and 'unknown'"
+            )
         return self.config.subjects.index(name)
 
     # The parts
@@ -137,8 +142,9 @@ class JambaTalk(nn.Module):
         """
         return self.audio_projection(self.encoder(samples, lengths, frames))
 
-    def decode(self, features: Tensor, history: Tensor, style: Tensor | str | int | None = None,
-               valid: Tensor | None = None) -> tuple[Tensor, list[Routing]]:
+    def decode(
+        self, features: Tensor, history: Tensor, style: Tensor | str | int | None = None, valid: Tensor | None = None
+    ) -> tuple[Tensor, list[Routing]]:
         """Teacher-forced, all frames in parallel.
 
         features: (batch, frames, d) from `encode`. history: (batch, frames, motion_size), the motion of the frame
@@ -164,8 +170,14 @@ class JambaTalk(nn.Module):
         return x
 
     @torch.no_grad()
-    def generate(self, features: Tensor, style: Tensor | str | int | None = None, state: DecoderState | None = None,
-                 lengths: Tensor | None = None, program: Program | None = None) -> tuple[Tensor, DecoderState]:
+    def generate(
+        self,
+        features: Tensor,
+        style: Tensor | str | int | None = None,
+        state: DecoderState | None = None,
+        lengths: Tensor | None = None,
+        program: Program | None = None,
+    ) -> tuple[Tensor, DecoderState]:
         """Autoregressive: each frame is fed with the motion of the one before. Continues from `state`.
 
         Feedback is folded: W_m (W_out h + b_out) is one d x d matrix on the hidden vector, so the loop never touches
@@ -177,8 +189,14 @@ class JambaTalk(nn.Module):
         hidden, state = self._roll(features, style, state, lengths, program)
         return self.head(hidden), state
 
-    def _roll(self, features: Tensor, style: Tensor | str | int | None, state: DecoderState | None,
-              lengths: Tensor | None, program: Program | None) -> tuple[Tensor, DecoderState]:
+    def _roll(
+        self,
+        features: Tensor,
+        style: Tensor | str | int | None,
+        state: DecoderState | None,
+        lengths: Tensor | None,
+        program: Program | None,
+    ) -> tuple[Tensor, DecoderState]:
         position = None if state is None else state.position
         inputs = self.inputs(features, style, position)
         return rollout(self.program() if program is None else program, inputs, state, lengths=lengths)
@@ -192,9 +210,14 @@ class JambaTalk(nn.Module):
     # Use
 
     @torch.no_grad()
-    def animate(self, audio: Any, sampling_rate: int | None = None, subject: str | int | None = None,
-                fps: float | str | Fraction | None = None,
-                progress: Callable[[float], None] | None = None) -> Animation:
+    def animate(
+        self,
+        audio: Any,
+        sampling_rate: int | None = None,
+        subject: str | int | None = None,
+        fps: float | str | Fraction | None = None,
+        progress: Callable[[float], None] | None = None,
+    ) -> Animation:
         """Speech to a moving face.
 
         audio: a path, an array or a tensor (one or several channels), or a `jambatalk.audio.Audio`.
@@ -314,8 +337,9 @@ class JambaTalk(nn.Module):
             partial.unlink(missing_ok=True)
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike | None = None,
-                        device: torch.device | str | None = None) -> JambaTalk:
+    def from_pretrained(
+        cls, source: str | os.PathLike | None = None, device: torch.device | str | None = None
+    ) -> JambaTalk:
         """Load a folder with config.json and model.safetensors, or a hub id; the bundled demo by default. The model
         comes in evaluation mode, in float32.
 
@@ -356,8 +380,9 @@ def _folder(source: str | os.PathLike) -> Path:
 
         return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
     except Exception as error:  # the hub's errors are many; for the user they are one
-        raise CheckpointError(f"{name}: no such folder, and the hub has no such model that can be reached "
-                              f"({type(error).__name__})") from error
+        raise CheckpointError(
+            f"{name}: no such folder, and the hub has no such model that can be reached ({type(error).__name__})"
+        ) from error
 
 
 def _read_config(folder: Path) -> JambaTalkConfig:
@@ -413,12 +438,14 @@ def _fit(model: JambaTalk, tensors: dict[str, Tensor], path: Path) -> None:
         raise CheckpointError(f"{path}: {_count(missing, 'tensor')} missing, the first is {missing[0]}")
     surplus = sorted(set(tensors) - set(expected))
     if surplus:
-        raise CheckpointError(f"{path}: {_count(surplus, 'tensor')} that the configuration has no place for, "
-                              f"the first is {surplus[0]}")
+        raise CheckpointError(
+            f"{path}: {_count(surplus, 'tensor')} that the configuration has no place for, the first is {surplus[0]}"
+        )
     for name, want in expected.items():
         if tensors[name].shape != want.shape:
-            raise CheckpointError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, the configuration needs "
-                                  f"{tuple(want.shape)}")
+            raise CheckpointError(
+                f"{path}: {name} has shape {tuple(tensors[name].shape)}, the configuration needs {tuple(want.shape)}"
+            )
         if want.is_floating_point() != tensors[name].is_floating_point():
             raise CheckpointError(f"{path}: {name} is {tensors[name].dtype}, the configuration needs {want.dtype}")
         tensors[name] = tensors[name].to(want.dtype)

@@ -10,11 +10,13 @@ from pathlib import Path
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m jambatalk.train",
-        description="Train JambaTalk on a corpus in the VOCASET layout (the release, or what jambatalk.synthesize wrote). "
+        description="Train JambaTalk on a corpus in the VOCASET layout (as released, or by jambatalk.synthesize). "
         "The run folder ends with config.json and model.safetensors, which jambatalk.infer takes as --model.",
     )
     p.add_argument("data", type=Path, metavar="DATA", help="folder of the corpus")
-    p.add_argument("--preset", choices=("vocaset", "biwi", "demo"), default="vocaset", help="model size (default: vocaset)")
+    p.add_argument(
+        "--preset", choices=("vocaset", "biwi", "demo"), default="vocaset", help="model size (default: vocaset)"
+    )
     p.add_argument("--out", type=Path, default=Path("runs/jambatalk"), help="run folder (default: runs/jambatalk)")
     p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run folder")
     p.add_argument("--encoder", metavar="PATH_OR_ID", help="a Wav2Vec 2.0 checkpoint to start the audio encoder from")
@@ -27,7 +29,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints")
     p.add_argument("--validate-every", type=int, metavar="N", help="steps between validations")
     p.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
-    p.add_argument("--overfit-one-batch", action="store_true", help="train on the first batch only, to see that it can learn")
+    p.add_argument(
+        "--overfit-one-batch", action="store_true", help="train on the first batch only, to see that it can learn"
+    )
     return p
 
 

@@ -86,7 +86,9 @@ def motion_basis(corpus: Corpus, clips: list[Clip], rank: int, frames: int = 300
     coefficient has unit spread), and the share of the motion's energy that lies outside of it.
     """
     stride = max(1, sum(len(clip.rows) for clip in clips) // frames)
-    sample = np.concatenate([corpus.displacement(clip, stride).reshape(-1, corpus.vertices.shape[1] * 3) for clip in clips])
+    sample = np.concatenate(
+        [corpus.displacement(clip, stride).reshape(-1, corpus.vertices.shape[1] * 3) for clip in clips]
+    )
     gram = sample.astype(np.float64) @ sample.T.astype(np.float64)
     values, vectors = np.linalg.eigh(gram)
     values, vectors = values[::-1][:rank], vectors[:, ::-1][:, :rank]
@@ -123,7 +125,9 @@ class MotionSet:
 
         The gap is a height and so linear in the vertices: a displacement's gap is what it adds."""
         if self.coefficients is None:
-            return np.concatenate([inner_lip_gap(self.corpus.displacement(clip, 4), upper, lower) for clip in self.clips])
+            return np.concatenate(
+                [inner_lip_gap(self.corpus.displacement(clip, 4), upper, lower) for clip in self.clips]
+            )
         shapes = self.basis.T.reshape(self.basis.shape[1], -1, 3).numpy()
         return np.concatenate(self.coefficients) @ inner_lip_gap(shapes, upper, lower)
 
@@ -142,7 +146,9 @@ class MotionSet:
             motion = self.coefficients[index][first] * (1 - share) + self.coefficients[index][second] * share
         else:
             vertices = self.corpus.vertices
-            motion = vertices[clip.rows[first]] * (1 - share[..., None]) + vertices[clip.rows[second]] * share[..., None]
+            motion = (
+                vertices[clip.rows[first]] * (1 - share[..., None]) + vertices[clip.rows[second]] * share[..., None]
+            )
             motion = (motion - self.corpus.templates[clip.subject]).reshape(frames, -1)
         phones = self.corpus.frame_phones(clip, times, PHONE_INDEX)
         if phones is None:
@@ -262,9 +268,13 @@ class Trainer:
         trained = {name for name, _ in model.named_parameters()} | {"motion_basis"}
         state = {name: value for name, value in old.state_dict().items() if name in trained} | {"style.weight": styles}
         shapes = {name: value.shape for name, value in state.items()}
-        wrong = [name for name, value in model.state_dict().items() if name in trained and value.shape != shapes.get(name)]
+        wrong = [
+            name for name, value in model.state_dict().items() if name in trained and value.shape != shapes.get(name)
+        ]
         if wrong:
-            raise CheckpointError(f"{folder}: another architecture than the {model.config.preset} preset: {wrong[0]} differs")
+            raise CheckpointError(
+                f"{folder}: another architecture than the {model.config.preset} preset: {wrong[0]} differs"
+            )
         model.load_state_dict(state, strict=False)
 
     def _fill_buffers(self, subjects: list[str]) -> None:
@@ -284,9 +294,15 @@ class Trainer:
         options = self.options
         rng = np.random.default_rng([options.seed, 0 if options.overfit_one_batch else step])
         picks = []
-        for i in range(step * options.batch, (step + 1) * options.batch) if not options.overfit_one_batch else range(options.batch):
+        for i in (
+            range(step * options.batch, (step + 1) * options.batch)
+            if not options.overfit_one_batch
+            else range(options.batch)
+        ):
             epoch, position = divmod(i, len(self.train_set))
-            picks.append(int(np.random.default_rng([options.seed, 1_000_003, epoch]).permutation(len(self.train_set))[position]))
+            picks.append(
+                int(np.random.default_rng([options.seed, 1_000_003, epoch]).permutation(len(self.train_set))[position])
+            )
         examples, style = [], []
         for index in picks:
             speed = Fraction(1)
@@ -342,7 +358,9 @@ class Trainer:
         if self.phone_head is not None and (batch.phones >= 0).any():
             logits = self.phone_head(features).flatten(0, 1)
             labels = torch.where(batch.valid, batch.phones, -100).flatten()
-            losses["phones"] = self.options.phone_weight * nn.functional.cross_entropy(logits, labels, ignore_index=-100)
+            losses["phones"] = self.options.phone_weight * nn.functional.cross_entropy(
+                logits, labels, ignore_index=-100
+            )
         return losses
 
     def learning_rate(self, step: int) -> float:
@@ -360,7 +378,9 @@ class Trainer:
         losses = self.losses(self.draw(self.step), self.step)
         total = sum(losses.values())
         if not torch.isfinite(total):
-            raise FloatingPointError(f"step {self.step}: the loss is {total.item()}; lower --learning-rate or check the data")
+            raise FloatingPointError(
+                f"step {self.step}: the loss is {total.item()}; lower --learning-rate or check the data"
+            )
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         nn.utils.clip_grad_norm_(self.parameters, self.options.clip_norm)
@@ -426,7 +446,9 @@ class Trainer:
         if self.average is not None:
             state |= {f"ema.{k}": v for k, v in self.average.state_dict().items()}
         save_file({k: v.clone().contiguous() for k, v in state.items()}, scratch / "training.safetensors")
-        (scratch / "training.json").write_text(json.dumps({"step": self.step, "options": asdict(self.options)}, indent=1))
+        (scratch / "training.json").write_text(
+            json.dumps({"step": self.step, "options": asdict(self.options)}, indent=1)
+        )
         shutil.rmtree(target, ignore_errors=True)
         os.rename(scratch, target)
         return target

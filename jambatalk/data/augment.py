@@ -40,7 +40,9 @@ def _noise(n: int, rng: np.random.Generator) -> np.ndarray:
     frequencies = np.fft.rfftfreq(n, 1 / SAMPLING_RATE)
     noise = np.fft.irfft(spectrum / np.maximum(frequencies, 40) ** rng.uniform(0, 1), n)
     if rng.random() < 0.3:
-        noise *= 1 + 0.8 * np.sin(np.arange(n) * (2 * np.pi * rng.uniform(0.2, 2) / SAMPLING_RATE) + rng.uniform(0, 6.3))
+        noise *= 1 + 0.8 * np.sin(
+            np.arange(n) * (2 * np.pi * rng.uniform(0.2, 2) / SAMPLING_RATE) + rng.uniform(0, 6.3)
+        )
     return noise / (np.sqrt(np.mean(noise**2)) + 1e-9)
 
 

@@ -54,7 +54,9 @@ class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         if (module, name) in self.ALLOWED:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"refused to load {module}.{name}: a corpus holds arrays and plain containers only")
+        raise pickle.UnpicklingError(
+            f"refused to load {module}.{name}: a corpus holds arrays and plain containers only"
+        )
 
 
 def load_plain_pickle(path: Path):
@@ -104,7 +106,9 @@ class Corpus:
         try:
             self.vertices = np.load(self.directory / "data_verts.npy", mmap_mode="r")
         except FileNotFoundError:
-            raise CorpusError(f"{self.directory}: not a corpus in the VOCASET layout, data_verts.npy is missing") from None
+            raise CorpusError(
+                f"{self.directory}: not a corpus in the VOCASET layout, data_verts.npy is missing"
+            ) from None
         except ValueError as error:
             raise CorpusError(f"{self.directory}/data_verts.npy: cannot be read ({error})") from None
         if self.vertices.ndim != 3 or self.vertices.shape[2] != 3:

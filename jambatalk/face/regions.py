@@ -30,7 +30,7 @@ def edge_loop(quads: list[list[int]], start: int, second: int) -> list[int]:
     neighbours: dict[int, set[int]] = {}
     quads_of: dict[int, set[int]] = {}
     for i, quad in enumerate(quads):
-        for a, b in zip(quad, quad[1:] + quad[:1]):
+        for a, b in zip(quad, quad[1:] + quad[:1], strict=False):
             neighbours.setdefault(a, set()).add(b)
             neighbours.setdefault(b, set()).add(a)
             quads_of.setdefault(a, set()).add(i)
@@ -55,7 +55,7 @@ def lip_loop(quads: list[list[int]], vertices: np.ndarray, midline: int) -> tupl
     beside = {v for q in quads if midline in q for v in (q[q.index(midline) - 1], q[(q.index(midline) + 1) % len(q)])}
     second = max(beside, key=lambda v: vertices[v, 0])
     loop = edge_loop(quads, midline, second)
-    quarter = (len(loop) - 2) // 4                    # vertices between the midline and the corner
+    quarter = (len(loop) - 2) // 4  # vertices between the midline and the corner
     lower_middle = len(loop) // 2
     upper = [loop[i] for i in range(-quarter, quarter + 1)]
     lower = [loop[lower_middle - i] for i in range(-quarter, quarter + 1)]
@@ -65,9 +65,11 @@ def lip_loop(quads: list[list[int]], vertices: np.ndarray, midline: int) -> tupl
 def middle_pairs(upper: list[int], lower: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """The facing pairs of the contact line: indices (pairs,) int64 of the upper and of the lower inner lip."""
     middle = len(upper) // 2
-    offsets = [(-u, -l) for u, l in INNER_LIP_PAIRS[:0:-1]] + list(INNER_LIP_PAIRS)
-    return (np.array([upper[middle + u] for u, _ in offsets], np.int64),
-            np.array([lower[middle + l] for _, l in offsets], np.int64))
+    offsets = [(-up, -low) for up, low in INNER_LIP_PAIRS[:0:-1]] + list(INNER_LIP_PAIRS)
+    return (
+        np.array([upper[middle + u] for u, _ in offsets], np.int64),
+        np.array([lower[middle + low] for _, low in offsets], np.int64),
+    )
 
 
 def seal(vertices: np.ndarray, contact: tuple[np.ndarray, np.ndarray], lips: np.ndarray) -> np.ndarray:
@@ -82,7 +84,7 @@ def seal(vertices: np.ndarray, contact: tuple[np.ndarray, np.ndarray], lips: np.
     x = vertices[:, 0]
     corner = min(upper[-1, 0], lower[-1, 0], -upper[0, 0], -lower[0, 0])
     upper_y, lower_y = np.interp(x, upper[:, 0], upper[:, 1]), np.interp(x, lower[:, 0], lower[:, 1])
-    slit = np.where(np.abs(x) < corner, 1.3 * np.maximum(upper_y - lower_y, 0.0), 0.0)    # lips are soft: they overlap
+    slit = np.where(np.abs(x) < corner, 1.3 * np.maximum(upper_y - lower_y, 0.0), 0.0)  # lips are soft: they overlap
     middle = (upper_y + lower_y) / 2
     z = np.interp(x, lower[:, 0], lower[:, 2])
     distance = np.hypot(vertices[:, 1] - middle, np.minimum(vertices[:, 2] - z, 0) / 2)

@@ -53,8 +53,12 @@ def rope_attention(
     _check_qkv(q, k, v, 4, "(batch, length, heads, head_dim)", "(batch, length, kv_heads, head_dim)")
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
-    allowed = [(length, head_dim // 2), (length, kv_heads, head_dim // 2), (batch, length, 1, head_dim // 2),
-               (batch, length, kv_heads, head_dim // 2)]
+    allowed = [
+        (length, head_dim // 2),
+        (length, kv_heads, head_dim // 2),
+        (batch, length, 1, head_dim // 2),
+        (batch, length, kv_heads, head_dim // 2),
+    ]
     _check_tables(q, cos, sin, allowed)
     _check_window(window)
     if window is not None and not causal:
@@ -75,8 +79,9 @@ def rope_attention(
             raise ValueError("cache needs causal=True")
         _check_cache(cache, q, kv_heads, length, window)
     backends.choose("rope_attention", backend, {"reference": None})
-    return reference.rope_attention(q, k, v, cos, sin, causal, window, head_dim**-0.5 if scale is None else scale,
-                                    interleaved, cu_seqlens, cache)
+    return reference.rope_attention(
+        q, k, v, cos, sin, causal, window, head_dim**-0.5 if scale is None else scale, interleaved, cu_seqlens, cache
+    )
 
 
 def rope_attention_step(
@@ -113,8 +118,9 @@ def rope_attention_step(
     _check_window(window)
     _check_cache(cache, q, kv_heads, 1, window)
     backends.choose("rope_attention_step", backend, {"reference": None})
-    return reference.rope_attention_step(q, k, v, cos, sin, cache, window, head_dim**-0.5 if scale is None else scale,
-                                         interleaved)
+    return reference.rope_attention_step(
+        q, k, v, cos, sin, cache, window, head_dim**-0.5 if scale is None else scale, interleaved
+    )
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor, dims: int, q_shape: str, kv_shape: str) -> None:
@@ -174,8 +180,9 @@ def _check_cache(cache: KVCache, q: Tensor, kv_heads: int, length: int, window: 
     if cache.k.shape != cache.v.shape:
         raise ValueError(f"cache.v must have the shape of cache.k, got {tuple(cache.v.shape)}")
     if cache.position.dtype != torch.int64 or tuple(cache.position.shape) != (batch,):
-        raise ValueError(f"cache.position must be int64 ({batch},), "
-                         f"got {cache.position.dtype} {tuple(cache.position.shape)}")
+        raise ValueError(
+            f"cache.position must be int64 ({batch},), got {cache.position.dtype} {tuple(cache.position.shape)}"
+        )
     if window is not None and cache.capacity >= window:
         return  # a ring: it can never run out
     # A value, not a shape: reading it off a device would wait for the device.

@@ -36,8 +36,15 @@ class KVCache:
     position: Tensor
 
     @staticmethod
-    def empty(batch: int, capacity: int, kv_heads: int, head_dim: int, *, dtype: torch.dtype = torch.float32,
-              device: torch.device | str = "cpu") -> "KVCache":
+    def empty(
+        batch: int,
+        capacity: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> "KVCache":
         return KVCache(
             k=torch.zeros(batch, capacity, kv_heads, head_dim, dtype=dtype, device=device),
             v=torch.zeros(batch, capacity, kv_heads, head_dim, dtype=dtype, device=device),
@@ -53,8 +60,14 @@ class KVCache:
 
     def grown(self, capacity: int) -> "KVCache":
         """A copy with room for `capacity` positions. Only for a cache that has not wrapped around (no window)."""
-        larger = KVCache.empty(self.k.shape[0], max(capacity, self.capacity), self.k.shape[2], self.k.shape[3],
-                               dtype=self.k.dtype, device=self.k.device)
+        larger = KVCache.empty(
+            self.k.shape[0],
+            max(capacity, self.capacity),
+            self.k.shape[2],
+            self.k.shape[3],
+            dtype=self.k.dtype,
+            device=self.k.device,
+        )
         larger.k[:, : self.capacity] = self.k
         larger.v[:, : self.capacity] = self.v
         larger.position.copy_(self.position)
@@ -78,8 +91,9 @@ class KVCache:
             self.position += length
 
 
-def rotary_table(positions: Tensor, head_dim: int, base: float = 10000.0,
-                 dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    positions: Tensor, head_dim: int, base: float = 10000.0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """positions (...,) of any integer dtype -> cos, sin (..., head_dim / 2) of  position * base ** (-2 f / head_dim).
 
     The angle is computed in float64: in float32 it would be off by a visible amount after hours of frames.
@@ -116,13 +130,31 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, c
     bool, True where visible. A query that sees nothing returns zeros."""
     grouped = q.shape[2] != k.shape[2]
     mask = None if mask is None else mask[:, None]
-    out = scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
-                                       is_causal=causal, scale=scale, enable_gqa=grouped)
+    out = scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=grouped,
+    )
     return out.transpose(1, 2)
 
 
-def rope_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, causal: bool, window: int | None,
-                   scale: float, interleaved: bool, cu_seqlens: Tensor | None, cache: KVCache | None) -> Tensor:
+def rope_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    interleaved: bool,
+    cu_seqlens: Tensor | None,
+    cache: KVCache | None,
+) -> Tensor:
     batch, length = q.shape[:2]
     if q.numel() == 0:
         return torch.zeros_like(q)
@@ -165,8 +197,17 @@ def rope_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, ca
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
 
 
-def rope_attention_step(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, window: int | None,
-                        scale: float, interleaved: bool) -> Tensor:
+def rope_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cache: KVCache,
+    window: int | None,
+    scale: float,
+    interleaved: bool,
+) -> Tensor:
     """One position. The new key is written first, over the one position that can no longer be seen."""
     if q.numel() == 0:
         return torch.zeros_like(q)

@@ -106,8 +106,10 @@ def moe_mlp(
     hidden = w_out.shape[2]
     rows = 2 * hidden if activation == "swiglu" else hidden
     if w_in.shape[1] != rows:
-        raise ValueError(f"w_in must have {rows} rows per expert for {activation} with w_out {tuple(w_out.shape)}, "
-                         f"got shape {tuple(w_in.shape)}")
+        raise ValueError(
+            f"w_in must have {rows} rows per expert for {activation} with w_out {tuple(w_out.shape)}, "
+            f"got shape {tuple(w_in.shape)}"
+        )
     backends.choose("moe_mlp", backend, {"reference": None})
     return reference.moe_mlp(x, routing, w_in, w_out, activation)
 

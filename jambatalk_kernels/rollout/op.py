@@ -43,8 +43,9 @@ def rollout(
     if inputs.dim() != 3 or inputs.shape[2] != program.width:
         raise ValueError(f"inputs must be (batch, frames, {program.width}), got shape {tuple(inputs.shape)}")
     if program.final_norm.device != inputs.device:
-        raise ValueError(f"inputs must be on the device of the program ({program.final_norm.device}), "
-                         f"got {inputs.device}")
+        raise ValueError(
+            f"inputs must be on the device of the program ({program.final_norm.device}), got {inputs.device}"
+        )
     if program.final_norm.dtype != inputs.dtype:
         raise TypeError(f"inputs must have the dtype of the program ({program.final_norm.dtype}), got {inputs.dtype}")
     batch, frames = inputs.shape[:2]

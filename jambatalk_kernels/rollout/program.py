@@ -100,8 +100,10 @@ class Program:
             return self
 
         def round_matrices(record):
-            return replace(record, **{name: getattr(record, name).to(dtype).to(getattr(record, name).dtype)
-                                      for name in record.MATRICES})
+            return replace(
+                record,
+                **{name: getattr(record, name).to(dtype).to(getattr(record, name).dtype) for name in record.MATRICES},
+            )
 
         layers = tuple(Layer(round_matrices(layer.mixer), round_matrices(layer.mlp)) for layer in self.layers)
         feedback = None if self.feedback is None else self.feedback.to(dtype).to(self.feedback.dtype)
@@ -127,8 +129,15 @@ class RolloutState:
         return self.position.shape[0]
 
     @staticmethod
-    def empty(layers: Sequence[Layer], width: int, batch: int, *, frames: int = 0, dtype: torch.dtype = torch.float32,
-              device: torch.device | str = "cpu") -> "RolloutState":
+    def empty(
+        layers: Sequence[Layer],
+        width: int,
+        batch: int,
+        *,
+        frames: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> "RolloutState":
         """The state before the first frame. `frames` sizes the cache of attention without a window (it can grow)."""
         mixers: list[MambaState | KVCache] = []
         scan_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -136,20 +145,28 @@ class RolloutState:
             mixer = layer.mixer
             if isinstance(mixer, MambaMixer):
                 inner, conv_width = mixer.conv_weight.shape
-                mixers.append(MambaState(
-                    conv=torch.zeros(batch, conv_width - 1, inner, dtype=dtype, device=device),
-                    scan=torch.zeros(batch, inner, mixer.A.shape[1], dtype=scan_dtype, device=device)))
+                mixers.append(
+                    MambaState(
+                        conv=torch.zeros(batch, conv_width - 1, inner, dtype=dtype, device=device),
+                        scan=torch.zeros(batch, inner, mixer.A.shape[1], dtype=scan_dtype, device=device),
+                    )
+                )
             else:
                 capacity = max(frames, 1) if mixer.window is None else mixer.window
-                mixers.append(KVCache.empty(batch, capacity, mixer.kv_heads, mixer.head_dim, dtype=dtype,
-                                            device=device))
-        return RolloutState(mixers, torch.zeros(batch, width, dtype=dtype, device=device),
-                            torch.zeros(batch, dtype=torch.int64, device=device))
+                mixers.append(
+                    KVCache.empty(batch, capacity, mixer.kv_heads, mixer.head_dim, dtype=dtype, device=device)
+                )
+        return RolloutState(
+            mixers,
+            torch.zeros(batch, width, dtype=dtype, device=device),
+            torch.zeros(batch, dtype=torch.int64, device=device),
+        )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "RolloutState":
         """A state with `function` applied to every tensor."""
-        mixers = [type(mixer)(*(function(getattr(mixer, field.name)) for field in fields(mixer)))
-                  for mixer in self.mixers]
+        mixers = [
+            type(mixer)(*(function(getattr(mixer, field.name)) for field in fields(mixer))) for mixer in self.mixers
+        ]
         return RolloutState(mixers, function(self.feedback), function(self.position))
 
     def clone(self) -> "RolloutState":

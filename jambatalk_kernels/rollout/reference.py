@@ -30,12 +30,14 @@ SMALL_MATRIX = 1 << 18
 TABLE_FRAMES = 256  # frames of rotary angles computed at a time, so that memory does not grow with the clip
 
 
-def rollout(program: Program, inputs: Tensor, state: RolloutState | None,
-            lengths: Tensor | None) -> tuple[Tensor, RolloutState]:
+def rollout(
+    program: Program, inputs: Tensor, state: RolloutState | None, lengths: Tensor | None
+) -> tuple[Tensor, RolloutState]:
     batch, frames, width = inputs.shape
     if state is None:
-        state = RolloutState.empty(program.layers, width, batch, frames=frames, dtype=inputs.dtype,
-                                   device=inputs.device)
+        state = RolloutState.empty(
+            program.layers, width, batch, frames=frames, dtype=inputs.dtype, device=inputs.device
+        )
     else:
         state = state.with_room(program.layers, frames)
     hidden = torch.zeros_like(inputs)
@@ -46,8 +48,13 @@ def rollout(program: Program, inputs: Tensor, state: RolloutState | None,
 
 @contextmanager
 def one_thread_if_small(program: Program, batch: int, device: torch.device) -> Iterator[None]:
-    largest = max((layer.mlp.w_in[0].numel() if isinstance(layer.mlp, MoEMLP) else layer.mlp.w_in.numel()
-                   for layer in program.layers), default=0)
+    largest = max(
+        (
+            layer.mlp.w_in[0].numel() if isinstance(layer.mlp, MoEMLP) else layer.mlp.w_in.numel()
+            for layer in program.layers
+        ),
+        default=0,
+    )
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1 or batch * largest > SMALL_MATRIX:
         yield
@@ -122,8 +129,9 @@ def mamba_step(mixer: MambaMixer, x: Tensor, state: MambaState, eps: float) -> T
     dt, B, C = linear(u, mixer.x_proj).split([rank[0], states[0], states[0]], dim=-1)
     delta = linear(rms_norm(dt, rank, mixer.dt_norm, eps), mixer.dt_proj)
     B, C = rms_norm(B, states, mixer.b_norm, eps), rms_norm(C, states, mixer.c_norm, eps)
-    y = selective_scan_step(state.scan, u, delta, mixer.A, B, C, mixer.D, z, delta_bias=mixer.dt_bias,
-                            delta_softplus=True)
+    y = selective_scan_step(
+        state.scan, u, delta, mixer.A, B, C, mixer.D, z, delta_bias=mixer.dt_bias, delta_softplus=True
+    )
     return linear(y, mixer.out_proj)
 
 

@@ -11,8 +11,18 @@ from jambatalk.config import AudioEncoderConfig
 SIZES = dict(conv_dim=[8] * 7, hidden=16, heads=2, ffn=24, pos_conv_groups=2, layers=2)
 BASE = dict(SIZES, pos_conv_kernel=6)
 LARGE = dict(SIZES, conv_bias=True, conv_norm="layer", pre_norm=True, pos_conv_kernel=6)
-WINDOWED = dict(SIZES, context="windowed", conv_bias=True, conv_norm="layer", pre_norm=True, pos_conv_kernel=5,
-                attention_back=4, attention_ahead=1, input_gain=3.0, freeze_front_end=False)
+WINDOWED = dict(
+    SIZES,
+    context="windowed",
+    conv_bias=True,
+    conv_norm="layer",
+    pre_norm=True,
+    pos_conv_kernel=5,
+    attention_back=4,
+    attention_ahead=1,
+    input_gain=3.0,
+    freeze_front_end=False,
+)
 
 
 def make(fps=30, **options):
@@ -169,8 +179,12 @@ def test_a_pretrained_checkpoint_loads_from_a_folder(options, old_names, tmp_pat
     if old_names:  # as checkpoints of older torch spell weight norm
         path = tmp_path / "model.safetensors"
         tensors = load_file(path)
-        renamed = {name.replace("parametrizations.weight.original0", "weight_g")
-                   .replace("parametrizations.weight.original1", "weight_v"): value for name, value in tensors.items()}
+        renamed = {
+            name.replace("parametrizations.weight.original0", "weight_g").replace(
+                "parametrizations.weight.original1", "weight_v"
+            ): value
+            for name, value in tensors.items()
+        }
         assert any("weight_g" in name for name in renamed)
         save_file(renamed, path, metadata={"format": "pt"})
     assert AudioEncoderConfig(**wav2vec2_architecture(tmp_path)) == config

@@ -11,8 +11,21 @@ from safetensors.torch import load, save_file
 from jambatalk.config import JambaTalkConfig
 from jambatalk.model import CheckpointError, JambaTalk
 
-ENCODER = dict(context="windowed", conv_dim=[8] * 7, conv_bias=True, conv_norm="layer", pre_norm=True, hidden=16,
-               heads=2, ffn=24, layers=1, pos_conv_kernel=3, pos_conv_groups=2, attention_back=4, attention_ahead=1)
+ENCODER = dict(
+    context="windowed",
+    conv_dim=[8] * 7,
+    conv_bias=True,
+    conv_norm="layer",
+    pre_norm=True,
+    hidden=16,
+    heads=2,
+    ffn=24,
+    layers=1,
+    pos_conv_kernel=3,
+    pos_conv_groups=2,
+    attention_back=4,
+    attention_ahead=1,
+)
 CONFIG = dict(vertices=6, d_model=16, heads=4, hidden=12, states=4, subjects=["ann", "bob"], encoder=ENCODER)
 
 

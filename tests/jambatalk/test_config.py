@@ -55,27 +55,30 @@ def test_frames_are_rounded_exactly():
     assert config.frames(16000 * 36000) == 30 * 36000
 
 
-@pytest.mark.parametrize("change, text", [
-    (dict(depth=3), "depth"),
-    (dict(encoder=dict(colour=1)), "encoder.colour"),
-    (dict(encoder=3), "encoder"),
-    (dict(arrangement="t-t"), "arrangement"),
-    (dict(d_model=0), "d_model"),
-    (dict(d_model="512"), "d_model"),
-    (dict(heads=7), "heads"),
-    (dict(kv_heads=3), "kv_heads"),
-    (dict(top_k=5), "top_k"),
-    (dict(attention_window=0), "attention_window"),
-    (dict(motion_rank=10**6), "motion_rank"),
-    (dict(fps=0), "fps"),
-    (dict(fps="fast"), "fps"),
-    (dict(subjects=["a", "a"]), "subjects"),
-    (dict(encoder=dict(context="half")), "context"),
-    (dict(encoder=dict(context="windowed")), "conv_norm"),
-    (dict(encoder=dict(context="windowed", conv_norm="layer")), "odd"),
-    (dict(encoder=dict(conv_dim=[1, 2])), "conv_dim"),
-    (dict(encoder=dict(heads=5)), "heads"),
-])
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        (dict(depth=3), "depth"),
+        (dict(encoder=dict(colour=1)), "encoder.colour"),
+        (dict(encoder=3), "encoder"),
+        (dict(arrangement="t-t"), "arrangement"),
+        (dict(d_model=0), "d_model"),
+        (dict(d_model="512"), "d_model"),
+        (dict(heads=7), "heads"),
+        (dict(kv_heads=3), "kv_heads"),
+        (dict(top_k=5), "top_k"),
+        (dict(attention_window=0), "attention_window"),
+        (dict(motion_rank=10**6), "motion_rank"),
+        (dict(fps=0), "fps"),
+        (dict(fps="fast"), "fps"),
+        (dict(subjects=["a", "a"]), "subjects"),
+        (dict(encoder=dict(context="half")), "context"),
+        (dict(encoder=dict(context="windowed")), "conv_norm"),
+        (dict(encoder=dict(context="windowed", conv_norm="layer")), "odd"),
+        (dict(encoder=dict(conv_dim=[1, 2])), "conv_dim"),
+        (dict(encoder=dict(heads=5)), "heads"),
+    ],
+)
 def test_nonsense_is_refused_by_name(change, text):
     with pytest.raises(ConfigError, match=text):
         JambaTalkConfig.from_dict(change)

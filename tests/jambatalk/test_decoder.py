@@ -19,12 +19,15 @@ def inputs(batch=2, length=10):
     return torch.randn(batch, length, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("arrangement, letters", [
-    ("moe-moe", "EMETEME"), ("m-moe", "MEMTEME"), ("m-m", "MEMTMEM"), ("moe-m", "EMETMEM")])
+@pytest.mark.parametrize(
+    "arrangement, letters", [("moe-moe", "EMETEME"), ("m-moe", "MEMTEME"), ("m-m", "MEMTMEM"), ("moe-m", "EMETMEM")]
+)
 def test_arrangements(arrangement, letters):
     decoder = make(arrangement=arrangement)
-    kinds = ["T" if type(layer.mixer).__name__ == "Attention" else "E" if type(layer.mlp).__name__ == "Experts" else "M"
-             for layer in decoder.layers]
+    kinds = [
+        "T" if type(layer.mixer).__name__ == "Attention" else "E" if type(layer.mlp).__name__ == "Experts" else "M"
+        for layer in decoder.layers
+    ]
     assert "".join(kinds) == letters
     _, routings, _ = decoder(inputs())
     assert len(routings) == letters.count("E")

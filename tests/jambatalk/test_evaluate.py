@@ -58,7 +58,15 @@ def bursts(path: Path, seconds: float = 2.0, rate: int = 16000) -> Path:
 
 
 def test_finds_recordings_their_texts_and_their_speakers(tmp_path):
-    for name in ("b-2.wav", "b-1.flac", "notes.wav", "ann/x.wav", "ann/deep/y.OGG", "1089-134686-0007.wav", "ignored.mp3"):
+    for name in (
+        "b-2.wav",
+        "b-1.flac",
+        "notes.wav",
+        "ann/x.wav",
+        "ann/deep/y.OGG",
+        "1089-134686-0007.wav",
+        "ignored.mp3",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "b-1.txt").write_text("its own\ntext\n")
@@ -260,7 +268,9 @@ def test_without_the_aligner_the_command_says_what_to_do(checkpoint, tmp_path, c
 
 
 def test_help_does_not_wait_for_torch():
-    heavy = "import sys, jambatalk.evaluate as e; e.find_clips; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    heavy = (
+        "import sys, jambatalk.evaluate as e; e.find_clips; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
     assert command("--help").returncode == 0

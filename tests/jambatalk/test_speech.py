@@ -24,9 +24,9 @@ def recording() -> np.ndarray:
 
 
 def test_words_as_the_dictionary_spells_them():
-    assert speech.normalise("\u201cDon\u2019t,\u201d said the ill-disposed Caf\u00e9-owner\u2019s \u2018friend\u2019 -- 'twas; a_b") == (
-        "don't said the ill disposed cafe owner's friend twas a b".split()
-    )
+    assert speech.normalise(
+        "\u201cDon\u2019t,\u201d said the ill-disposed Caf\u00e9-owner\u2019s \u2018friend\u2019 -- 'twas; a_b"
+    ) == ("don't said the ill disposed cafe owner's friend twas a b".split())
     assert speech.normalise(" ... ' - ") == []
 
 
@@ -35,10 +35,10 @@ def test_phones_of_a_recording(recording):
     assert [name for name, _, _ in phones if name != "SIL"] == PHONES
     starts, ends = [start for _, start, _ in phones], [end for _, _, end in phones]
     assert starts[0] == 0 and starts[1:] == ends[:-1]
-    assert all(start < end for start, end in zip(starts, ends))
+    assert all(start < end for start, end in zip(starts, ends, strict=False))
     assert abs(ends[-1] - len(recording) / 16000) <= 0.05
-    # Read off the waveform: the stop of p in "disposed" is the 25 dB drop at 1.67 to 1.74 s, the m of "man" the nasal that
-    # ends at 2.42 s, and the last nasal has faded by 2.75 s.
+    # Read off the waveform: the stop of p in "disposed" is the 25 dB drop at 1.67 to 1.74 s, the m of "man" the
+    # nasal that ends at 2.42 s, and the last nasal has faded by 2.75 s.
     lips = {name: (start + end) / 2 for name, start, end in phones if name in "PM"}
     assert lips["P"] == pytest.approx(1.71, abs=0.05) and lips["M"] == pytest.approx(2.38, abs=0.05)
     assert phones[-1][0] == "SIL" and phones[-1][1] == pytest.approx(2.75, abs=0.06)
@@ -48,7 +48,7 @@ def test_alignment_follows_a_shift_and_repeats_exactly(recording):
     here = speech.align(recording, TEXT)
     assert speech.align(recording, TEXT) == here
     later = speech.align(np.concatenate([np.zeros(8000, np.float32) + recording[:1], recording]), TEXT)
-    shifts = [b[1] - a[1] for a, b in zip(here[1:], later[-len(here) + 1 :]) if a[0] in "PBM"]
+    shifts = [b[1] - a[1] for a, b in zip(here[1:], later[-len(here) + 1 :], strict=False) if a[0] in "PBM"]
     assert shifts and all(shift == pytest.approx(0.5, abs=0.03) for shift in shifts)
 
 
@@ -75,7 +75,9 @@ def test_possessives_follow_their_nouns():
 
 
 def test_an_added_possessive_is_aligned(recording):
-    phones = [name for name, _, _ in speech.align(recording, "He was not an ill-disposed young aardvark's") if name != "SIL"]
+    phones = [
+        name for name, _, _ in speech.align(recording, "He was not an ill-disposed young aardvark's") if name != "SIL"
+    ]
     assert phones[-8:] == "AA R D V AA R K S".split()
 
 

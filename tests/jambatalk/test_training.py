@@ -32,7 +32,9 @@ def options(**overrides):
 @pytest.fixture
 def corpus(tmp_path):
     folder = write_corpus(tmp_path / "corpus")
-    np.savez(folder / "regions.npz", lips=np.array([1, 2, 3]), inner_lip_upper=np.array([2]), inner_lip_lower=np.array([3]))
+    np.savez(
+        folder / "regions.npz", lips=np.array([1, 2, 3]), inner_lip_upper=np.array([2]), inner_lip_lower=np.array([3])
+    )
     np.save(folder / "faces.npy", np.array([[0, 1, 2], [2, 3, 4]], dtype=np.int32))
     phones = {f"id{i}": {"sentence01": [["SIL", 0, 0.2], ["M", 0.2, 0.3], ["AA", 0.3, 0.5]]} for i in range(4)}
     (folder / "phones.json").write_text(json.dumps(phones))
@@ -88,7 +90,10 @@ def test_a_run_can_start_from_another(corpus, tmp_path):
 
 def test_overfitting_one_batch_lowers_the_loss(corpus, tmp_path):
     trainer = Trainer(
-        tiny_config(), options(steps=60, overfit_one_batch=True, phone_weight=0.0, history_generated=0.0), corpus, tmp_path / "run"
+        tiny_config(),
+        options(steps=60, overfit_one_batch=True, phone_weight=0.0, history_generated=0.0),
+        corpus,
+        tmp_path / "run",
     )  # fmt: skip
     losses = [trainer.train_step()["vertex"] for _ in range(60)]
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])

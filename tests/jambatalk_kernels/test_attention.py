@@ -43,10 +43,19 @@ def naive(q, k, v, cos, sin, causal=True, window=None, scale=None, interleaved=F
     return y
 
 
-@pytest.mark.parametrize("options", [
-    dict(), dict(causal=False), dict(window=1), dict(window=3), dict(window=50), dict(interleaved=True),
-    dict(scale=0.7), dict(window=4, interleaved=True),
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(causal=False),
+        dict(window=1),
+        dict(window=3),
+        dict(window=50),
+        dict(interleaved=True),
+        dict(scale=0.7),
+        dict(window=4, interleaved=True),
+    ],
+)
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_equals_the_naive_definition(options, kv_heads, monkeypatch):
     monkeypatch.setattr(reference, "QUERY_BLOCK", 4)  # several blocks in a short clip
@@ -103,8 +112,9 @@ def test_cached_chunks_and_steps_equal_the_whole(window, capacity, splits, monke
         torch.testing.assert_close(y, whole[:, part])
         start += size
     for t in range(11):
-        y = rope_attention_step(q[:, t], k[:, t], v[:, t], cos[t].expand(2, -1), sin[t].expand(2, -1), stepped,
-                                window=window)
+        y = rope_attention_step(
+            q[:, t], k[:, t], v[:, t], cos[t].expand(2, -1), sin[t].expand(2, -1), stepped, window=window
+        )
         torch.testing.assert_close(y, whole[:, t])
     assert chunked.position.tolist() == stepped.position.tolist() == [11, 11]
     torch.testing.assert_close(chunked.k, stepped.k)
@@ -116,8 +126,9 @@ def test_sequences_at_different_positions_share_a_cache():
     cache = KVCache.empty(2, 4, 2, 6, dtype=torch.float64)
     for row, history in ((0, 6), (1, 2)):  # sequence 0 is six positions in, sequence 1 two
         alone = KVCache.empty(1, 4, 2, 6, dtype=torch.float64)
-        rope_attention(*(t[row : row + 1, :history] for t in (q, k, v)), cos[:history], sin[:history], window=4,
-                       cache=alone)
+        rope_attention(
+            *(t[row : row + 1, :history] for t in (q, k, v)), cos[:history], sin[:history], window=4, cache=alone
+        )
         cache.k[row], cache.v[row], cache.position[row] = alone.k[0], alone.v[0], alone.position[0]
     rows = torch.stack([torch.arange(6, 9), torch.arange(2, 5)])
     pick = [torch.stack([t[0, rows[0]], t[1, rows[1]]]) for t in (q, k, v)]
@@ -144,24 +155,27 @@ def test_empty():
         assert rope_attention(q, k, v, cos, sin).shape == q.shape
 
 
-@pytest.mark.parametrize("change, error, text", [
-    (dict(q=torch.zeros(2, 11, 4, 5)), (ValueError, TypeError), "k|head_dim"),
-    (dict(q=torch.zeros(2, 11, 3, 6)), ValueError, "divide"),
-    (dict(q=torch.zeros(2, 11, 4, 6).long()), TypeError, "q must"),
-    (dict(k=torch.zeros(2, 11, 2, 6).half()), TypeError, "k must"),
-    (dict(v=torch.zeros(2, 11, 1, 6)), ValueError, "v must"),
-    (dict(cos=torch.zeros(10, 3)), ValueError, "cos"),
-    (dict(sin=torch.zeros(11, 4, 3)), ValueError, "sin"),
-    (dict(window=0), ValueError, "window"),
-    (dict(window=2.0), TypeError, "window"),
-    (dict(window=2, causal=False), ValueError, "window"),
-    (dict(cu_seqlens=torch.tensor([0, 11], dtype=torch.int32)), ValueError, "batch 1"),
-    (dict(cache=3), TypeError, "cache"),
-    (dict(cache=KVCache.empty(2, 10, 2, 6)), ValueError, "too small"),
-    (dict(cache=KVCache.empty(2, 5, 2, 6), window=6), ValueError, "too small"),
-    (dict(cache=KVCache.empty(1, 11, 2, 6)), ValueError, "cache.k"),
-    (dict(backend="cuda"), RuntimeError, "rope_attention"),
-])
+@pytest.mark.parametrize(
+    "change, error, text",
+    [
+        (dict(q=torch.zeros(2, 11, 4, 5)), (ValueError, TypeError), "k|head_dim"),
+        (dict(q=torch.zeros(2, 11, 3, 6)), ValueError, "divide"),
+        (dict(q=torch.zeros(2, 11, 4, 6).long()), TypeError, "q must"),
+        (dict(k=torch.zeros(2, 11, 2, 6).half()), TypeError, "k must"),
+        (dict(v=torch.zeros(2, 11, 1, 6)), ValueError, "v must"),
+        (dict(cos=torch.zeros(10, 3)), ValueError, "cos"),
+        (dict(sin=torch.zeros(11, 4, 3)), ValueError, "sin"),
+        (dict(window=0), ValueError, "window"),
+        (dict(window=2.0), TypeError, "window"),
+        (dict(window=2, causal=False), ValueError, "window"),
+        (dict(cu_seqlens=torch.tensor([0, 11], dtype=torch.int32)), ValueError, "batch 1"),
+        (dict(cache=3), TypeError, "cache"),
+        (dict(cache=KVCache.empty(2, 10, 2, 6)), ValueError, "too small"),
+        (dict(cache=KVCache.empty(2, 5, 2, 6), window=6), ValueError, "too small"),
+        (dict(cache=KVCache.empty(1, 11, 2, 6)), ValueError, "cache.k"),
+        (dict(backend="cuda"), RuntimeError, "rope_attention"),
+    ],
+)
 def test_errors_name_the_argument(change, error, text):
     arguments = dict(zip(("q", "k", "v", "cos", "sin"), make(dtype=torch.float32), strict=True))
     with pytest.raises(error, match=text):

@@ -53,8 +53,11 @@ def test_mlp_is_the_weighted_sum_over_the_chosen_experts(top_k, activation):
         for slot in range(top_k):
             e = int(routing.experts[t, slot])
             hidden = linear(x[t], w_in[e])
-            hidden = silu(hidden[:5]) * hidden[5:] if activation == "swiglu" else \
-                {"gelu": torch.nn.functional.gelu, "relu": torch.relu}[activation](hidden)
+            hidden = (
+                silu(hidden[:5]) * hidden[5:]
+                if activation == "swiglu"
+                else {"gelu": torch.nn.functional.gelu, "relu": torch.relu}[activation](hidden)
+            )
             expected[t] += routing.weights[t, slot] * linear(hidden, w_out[e])
     torch.testing.assert_close(moe_mlp(x, routing, w_in, w_out, activation=activation), expected)
     for variant in (reference.moe_mlp_dense, reference.moe_mlp_grouped):
@@ -111,31 +114,37 @@ def test_bfloat16_is_close_to_float64():
     assert (low.double() - exact).square().mean().sqrt() <= 1e-2 * exact.square().mean().sqrt()
 
 
-@pytest.mark.parametrize("call, error, text", [
-    (lambda: moe_route(torch.zeros(3), 1), ValueError, "logits"),
-    (lambda: moe_route(torch.zeros(3, 4).long(), 1), TypeError, "logits"),
-    (lambda: moe_route(torch.zeros(3, 4), 5), ValueError, "top_k"),
-    (lambda: moe_route(torch.zeros(3, 4), 0), ValueError, "top_k"),
-    (lambda: moe_route(torch.zeros(3, 4), 1.0), TypeError, "top_k"),
-    (lambda: load_balancing_loss([]), ValueError, "routing"),
-])
+@pytest.mark.parametrize(
+    "call, error, text",
+    [
+        (lambda: moe_route(torch.zeros(3), 1), ValueError, "logits"),
+        (lambda: moe_route(torch.zeros(3, 4).long(), 1), TypeError, "logits"),
+        (lambda: moe_route(torch.zeros(3, 4), 5), ValueError, "top_k"),
+        (lambda: moe_route(torch.zeros(3, 4), 0), ValueError, "top_k"),
+        (lambda: moe_route(torch.zeros(3, 4), 1.0), TypeError, "top_k"),
+        (lambda: load_balancing_loss([]), ValueError, "routing"),
+    ],
+)
 def test_route_errors_name_the_argument(call, error, text):
     with pytest.raises(error, match=text):
         call()
 
 
-@pytest.mark.parametrize("change, error, text", [
-    (dict(x=torch.zeros(2, 6)), ValueError, "routing is for 3 tokens"),
-    (dict(x=torch.zeros(3, 7)), ValueError, "w_in"),
-    (dict(x=torch.zeros(3, 6).half()), TypeError, "w_in"),
-    (dict(routing=1), TypeError, "routing"),
-    (dict(w_in=torch.zeros(3, 10, 6)), ValueError, "w_in"),
-    (dict(w_in=torch.zeros(4, 9, 6)), ValueError, "w_in"),
-    (dict(w_out=torch.zeros(4, 6)), ValueError, "w_out"),
-    (dict(activation="tanh"), ValueError, "activation"),
-    (dict(backend="triton"), BackendUnavailable, "moe_mlp"),
-    (dict(backend="nonsense"), ValueError, "nonsense"),
-])
+@pytest.mark.parametrize(
+    "change, error, text",
+    [
+        (dict(x=torch.zeros(2, 6)), ValueError, "routing is for 3 tokens"),
+        (dict(x=torch.zeros(3, 7)), ValueError, "w_in"),
+        (dict(x=torch.zeros(3, 6).half()), TypeError, "w_in"),
+        (dict(routing=1), TypeError, "routing"),
+        (dict(w_in=torch.zeros(3, 10, 6)), ValueError, "w_in"),
+        (dict(w_in=torch.zeros(4, 9, 6)), ValueError, "w_in"),
+        (dict(w_out=torch.zeros(4, 6)), ValueError, "w_out"),
+        (dict(activation="tanh"), ValueError, "activation"),
+        (dict(backend="triton"), BackendUnavailable, "moe_mlp"),
+        (dict(backend="nonsense"), ValueError, "nonsense"),
+    ],
+)
 def test_mlp_errors_name_the_argument(change, error, text):
     w_in, w_out = weights(dtype=torch.float32)
     arguments = dict(x=torch.zeros(3, 6), routing=moe_route(torch.zeros(3, 4), 2), w_in=w_in, w_out=w_out)

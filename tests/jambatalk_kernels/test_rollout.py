@@ -19,17 +19,39 @@ def make_program(window=3, feedback=True, rope_base=100.0):
         return 1 + random(size, scale=0.1)
 
     mamba = MambaMixer(
-        norm=near_one(WIDTH), in_proj=random(2 * INNER, WIDTH), conv_weight=random(INNER, 4), conv_bias=random(INNER),
-        x_proj=random(RANK + 2 * STATES, INNER), dt_norm=near_one(RANK), b_norm=near_one(STATES),
-        c_norm=near_one(STATES), dt_proj=random(INNER, RANK), dt_bias=random(INNER),
-        A=-torch.arange(1, STATES + 1, dtype=torch.float64).repeat(INNER, 1), D=random(INNER),
-        out_proj=random(WIDTH, INNER))
-    attention = AttentionMixer(near_one(WIDTH), random(8, WIDTH), random(4, WIDTH), random(4, WIDTH), random(WIDTH, 8),
-                               heads=2, kv_heads=1, window=window, rope_base=rope_base)
+        norm=near_one(WIDTH),
+        in_proj=random(2 * INNER, WIDTH),
+        conv_weight=random(INNER, 4),
+        conv_bias=random(INNER),
+        x_proj=random(RANK + 2 * STATES, INNER),
+        dt_norm=near_one(RANK),
+        b_norm=near_one(STATES),
+        c_norm=near_one(STATES),
+        dt_proj=random(INNER, RANK),
+        dt_bias=random(INNER),
+        A=-torch.arange(1, STATES + 1, dtype=torch.float64).repeat(INNER, 1),
+        D=random(INNER),
+        out_proj=random(WIDTH, INNER),
+    )
+    attention = AttentionMixer(
+        near_one(WIDTH),
+        random(8, WIDTH),
+        random(4, WIDTH),
+        random(4, WIDTH),
+        random(WIDTH, 8),
+        heads=2,
+        kv_heads=1,
+        window=window,
+        rope_base=rope_base,
+    )
     dense = DenseMLP(near_one(WIDTH), random(2 * 6, WIDTH), random(WIDTH, 6))
     moe = MoEMLP(near_one(WIDTH), random(3, WIDTH), random(3, 2 * 6, WIDTH), random(3, WIDTH, 6), top_k=2)
-    return Program((Layer(mamba, moe), Layer(attention, dense)), near_one(WIDTH),
-                   random(WIDTH, WIDTH) if feedback else None, random(WIDTH) if feedback else None)
+    return Program(
+        (Layer(mamba, moe), Layer(attention, dense)),
+        near_one(WIDTH),
+        random(WIDTH, WIDTH) if feedback else None,
+        random(WIDTH) if feedback else None,
+    )
 
 
 def make_inputs(batch=2, frames=9):
@@ -111,19 +133,30 @@ def test_no_frames_and_no_sequences():
     assert rollout(program, make_inputs(batch=0))[0].shape == (0, 9, WIDTH)
 
 
-@pytest.mark.parametrize("change, error, text", [
-    (dict(program=3), TypeError, "program"),
-    (dict(inputs=torch.zeros(2, 9, WIDTH + 1, dtype=torch.float64)), ValueError, "inputs"),
-    (dict(inputs=torch.zeros(2, 9, WIDTH)), TypeError, "inputs"),
-    (dict(inputs=torch.zeros(2, 9, WIDTH).long()), TypeError, "inputs"),
-    (dict(state=1), TypeError, "state"),
-    (dict(state=RolloutState.empty(make_program().layers, WIDTH, 3, dtype=torch.float64)), ValueError, "batch of 3"),
-    (dict(state=RolloutState.empty(make_program().layers[:1], WIDTH, 2, dtype=torch.float64)), ValueError, "layers"),
-    (dict(lengths=torch.tensor([1])), ValueError, "lengths"),
-    (dict(lengths=[1, 2]), TypeError, "lengths"),
-    (dict(weights_dtype=torch.int8), TypeError, "weights_dtype"),
-    (dict(backend="cuda"), RuntimeError, "rollout"),
-])
+@pytest.mark.parametrize(
+    "change, error, text",
+    [
+        (dict(program=3), TypeError, "program"),
+        (dict(inputs=torch.zeros(2, 9, WIDTH + 1, dtype=torch.float64)), ValueError, "inputs"),
+        (dict(inputs=torch.zeros(2, 9, WIDTH)), TypeError, "inputs"),
+        (dict(inputs=torch.zeros(2, 9, WIDTH).long()), TypeError, "inputs"),
+        (dict(state=1), TypeError, "state"),
+        (
+            dict(state=RolloutState.empty(make_program().layers, WIDTH, 3, dtype=torch.float64)),
+            ValueError,
+            "batch of 3",
+        ),
+        (
+            dict(state=RolloutState.empty(make_program().layers[:1], WIDTH, 2, dtype=torch.float64)),
+            ValueError,
+            "layers",
+        ),
+        (dict(lengths=torch.tensor([1])), ValueError, "lengths"),
+        (dict(lengths=[1, 2]), TypeError, "lengths"),
+        (dict(weights_dtype=torch.int8), TypeError, "weights_dtype"),
+        (dict(backend="cuda"), RuntimeError, "rollout"),
+    ],
+)
 def test_errors_name_the_argument(change, error, text):
     with pytest.raises(error, match=text):
         rollout(**(dict(program=make_program(), inputs=make_inputs()) | change))

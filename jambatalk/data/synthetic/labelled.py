@@ -11,9 +11,9 @@ import soundfile
 
 from jambatalk.data.synthetic.phones import PHONES, Phone, tidy
 
-SHORTEST, LONGEST = 2.5, 5.0            # seconds: shorter recordings are joined until they are at least that long
-GAP = (0.2, 0.5)                        # seconds of silence between two that are joined
-_FLOOR = 2e-4                           # added silence is not digital zero: -74 dB, as the recordings' own ends
+SHORTEST, LONGEST = 2.5, 5.0  # seconds: shorter recordings are joined until they are at least that long
+GAP = (0.2, 0.5)  # seconds of silence between two that are joined
+_FLOOR = 2e-4  # added silence is not digital zero: -74 dB, as the recordings' own ends
 
 
 class LabelledError(ValueError):
@@ -43,11 +43,13 @@ def load_speakers(folder: str | Path) -> list[Speaker]:
     if not folder.is_dir():
         raise LabelledError(f"{folder}: no such folder")
     try:
-        phones, manifest = (json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-                            for name in ("phones", "manifest"))
+        phones, manifest = (
+            json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("phones", "manifest")
+        )
     except FileNotFoundError as error:
-        raise LabelledError(f"{folder}: not made by jambatalk.data.synthetic.recordings, {Path(error.filename).name} "
-                            "is missing") from None
+        raise LabelledError(
+            f"{folder}: not made by jambatalk.data.synthetic.recordings, {Path(error.filename).name} is missing"
+        ) from None
     except ValueError as error:
         raise LabelledError(f"{folder}: not valid JSON ({error})") from None
     speakers = []
@@ -60,8 +62,9 @@ def load_speakers(folder: str | Path) -> list[Speaker]:
             except soundfile.SoundFileError as error:
                 raise LabelledError(f"{path}: {' '.join(str(error).split())}") from None
             if unknown := {phone for phone, *_ in spans} - PHONES:
-                raise LabelledError(f"{folder}/phones.json: {name}/{clip} has unknown phones: "
-                                    f"{', '.join(sorted(unknown))}")
+                raise LabelledError(
+                    f"{folder}/phones.json: {name}/{clip} has unknown phones: {', '.join(sorted(unknown))}"
+                )
             if any(phone != "SIL" for phone, *_ in spans):
                 recordings.append(Recording(path, tuple((p, float(a), float(b)) for p, a, b in spans), seconds))
         about = manifest.get("speakers", {}).get(name, {})
@@ -108,7 +111,7 @@ def join(recordings: tuple[Recording, ...], rng: np.random.Generator) -> tuple[n
         end = spoken[-1][1] + gaps[i] / 2 if i < len(gaps) else len(samples) / rate
         first, last = int(round(begin * rate)), int(round(end * rate))
         before, after = max(-first, 0), max(last - len(samples), 0)
-        piece = samples[max(first, 0):last]
+        piece = samples[max(first, 0) : last]
         piece = np.concatenate([_silence(before, rng), piece, _silence(after, rng)])
         sounds.append(piece)
         shift = clock - first / rate

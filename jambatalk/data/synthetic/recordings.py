@@ -43,8 +43,7 @@ SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w
 
 ASTERISK = Path("/usr/share/asterisk/sounds/en_US_f_Allison")
 _ASTERISK_PACKAGE = "asterisk-core-sounds-en-g722"
-_ASTERISK_LICENCE = ("CC-BY-SA-3.0: Asterisk core sounds (en), (c) 2003-2010 Allison Smith, "
-                     "funded by Digium, Inc.")
+_ASTERISK_LICENCE = "CC-BY-SA-3.0: Asterisk core sounds (en), (c) 2003-2010 Allison Smith, funded by Digium, Inc."
 # Tones, jokes and unfinished prompts; single letters are too short for the recogniser to be trusted.
 _ASTERISK_NOT_SPEECH = re.compile(r"silence/|beep|tone|tt-monkeys\.|tt-weasels-|vm-cust|ascending|letters/")
 
@@ -130,6 +129,7 @@ def check_packages(g722: bool = False) -> None:
 
 # ---------------------------------------------------------------------------------------- labels, and whom to believe
 
+
 def label(name: str, samples: np.ndarray) -> _Labelled:
     """Phones of one clip (n,) float32 at 16 kHz. Raises speech.AlignmentError where there is nothing to align."""
     words, confidence = hear(samples)
@@ -151,15 +151,15 @@ def doubt(samples: np.ndarray, phones: list[Phone], confidence: float) -> str | 
     samples (n,) at 16 kHz. What is looked at: how sure the recogniser was, loud sound in what should be a pause,
     silence in what should be a vowel, and sounds longer than anyone makes.
     """
-    frames = len(samples) // 160                                    # of 10 ms, like the aligner's
+    frames = len(samples) // 160  # of 10 ms, like the aligner's
     seconds = len(samples) / RATE
     envelope = metrics.speech_envelope(samples, RATE, 100, frames)
     envelope = np.sqrt(np.convolve(envelope**2, np.ones(3) / 3, "same"))
     envelope /= max(np.percentile(envelope, 95), 1e-9)
     at = np.full(frames, "SIL", "U3")
     for name, start, end in phones:
-        at[int(round(start * 100)):int(round(end * 100))] = name
-    within_pause = np.convolve(at == "SIL", np.ones(9), "same") > 8.5           # 40 ms away from any phone
+        at[int(round(start * 100)) : int(round(end * 100))] = name
+    within_pause = np.convolve(at == "SIL", np.ones(9), "same") > 8.5  # 40 ms away from any phone
     loud_pause = float((within_pause & (envelope > 0.3)).sum()) / 100
     silent_vowel = float((np.isin(at, list(VOWELS)) & (envelope < 0.05)).sum()) / 100
     lengths = [end - start for name, start, end in phones if name != "SIL"]
@@ -177,6 +177,7 @@ def doubt(samples: np.ndarray, phones: list[Phone], confidence: float) -> str | 
 
 
 # ----------------------------------------------------------------------------------------------------- the recordings
+
 
 def read(path: Path) -> np.ndarray:
     """(n,) float32 mono at 16 kHz of a file that libsndfile or, for .g722, PyAV reads.
@@ -200,7 +201,7 @@ def read(path: Path) -> np.ndarray:
 def with_room(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """0.2 s of near silence on both sides: prompts begin and end at once, and both tools want a pause there."""
     samples = np.pad(samples, RATE // 5)
-    return samples + rng.normal(size=len(samples)).astype(np.float32) * np.float32(2e-4)         # -74 dB
+    return samples + rng.normal(size=len(samples)).astype(np.float32) * np.float32(2e-4)  # -74 dB
 
 
 def pieces(samples: np.ndarray) -> list[np.ndarray]:
@@ -225,8 +226,10 @@ def find(folder: Path) -> list[Path]:
     """The sound files under a folder, in a fixed order. Raises RecordingsError where there is none."""
     if not folder.is_dir():
         if folder == ASTERISK:
-            raise RecordingsError(f"{folder}: no such folder; the recordings that are used where none are named are in "
-                                  f"Debian: apt-get install {_ASTERISK_PACKAGE}")
+            raise RecordingsError(
+                f"{folder}: no such folder; the recordings that are used where none are named are in "
+                f"Debian: apt-get install {_ASTERISK_PACKAGE}"
+            )
         raise RecordingsError(f"{folder}: no such folder")
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not found:
@@ -273,8 +276,9 @@ def label_folder(folder: Path, progress: bool = True) -> tuple[list[_Labelled], 
     return list(kept.values()), left_out
 
 
-def label_recordings(out: str | Path, folders: list[str | Path] | None = None, licence: str | None = None,
-                     progress: bool = True) -> dict:
+def label_recordings(
+    out: str | Path, folders: list[str | Path] | None = None, licence: str | None = None, progress: bool = True
+) -> dict:
     """Label the recordings of some speakers, a folder each (Debian's Asterisk prompts where none is given), and write
     them into `out`, which must not exist or be empty; returns the manifest. The same recordings give the same files.
 
@@ -346,23 +350,30 @@ def _version(package: str) -> str:
 
 # -------------------------------------------------------------------------------------------------------- the command
 
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code (2: one line on stderr says what is wrong)."""
     parser = argparse.ArgumentParser(
         prog="python -m jambatalk.data.synthetic.recordings",
         description="Give recordings of people phones with times, so that they can be part of a training corpus "
-                    "(python -m jambatalk.synthesize --recordings OUT). No transcripts are needed. "
-                    f"Needs: {_EXTRA}.")
+        "(python -m jambatalk.synthesize --recordings OUT). No transcripts are needed. "
+        f"Needs: {_EXTRA}.",
+    )
     parser.add_argument("out", metavar="OUT", help="folder to create")
-    parser.add_argument("folders", metavar="FOLDER", nargs="*",
-                        help="recordings of one speaker, who is named after the folder "
-                             f"(default: those of Debian's {_ASTERISK_PACKAGE})")
+    parser.add_argument(
+        "folders",
+        metavar="FOLDER",
+        nargs="*",
+        help="recordings of one speaker, who is named after the folder "
+        f"(default: those of Debian's {_ASTERISK_PACKAGE})",
+    )
     parser.add_argument("--licence", help="licence of the recordings in FOLDER, for the manifest")
     parser.add_argument("--json", action="store_true", help="print what was written as one JSON line")
     options = parser.parse_args(arguments)
     try:
-        manifest = label_recordings(options.out, options.folders, options.licence,
-                                    progress=sys.stderr.isatty() or not options.json)
+        manifest = label_recordings(
+            options.out, options.folders, options.licence, progress=sys.stderr.isatty() or not options.json
+        )
     except KeyboardInterrupt:
         print("recordings: interrupted, nothing written", file=sys.stderr)
         return 130
@@ -376,8 +387,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps({"output": options.out, "speakers": figures}))
         return 0
     for name, speaker in speakers.items():
-        print(f"{options.out}/{name}: {speaker['clips']} clips, {speaker['seconds'] / 60:.1f} min, "
-              f"{speaker['phones']} phones ({speaker['bilabials']} of p, b, m)")
+        print(
+            f"{options.out}/{name}: {speaker['clips']} clips, {speaker['seconds'] / 60:.1f} min, "
+            f"{speaker['phones']} phones ({speaker['bilabials']} of p, b, m)"
+        )
         for reason, count in Counter(speaker["left_out"].values()).most_common():
             print(f"  left out: {count} ({reason})")
     return 0

@@ -167,38 +167,40 @@ Number seven, the one by the pump, is empty.
 # never the same twice, so that a model must hear what is said instead of knowing it.
 WRITTEN = 40
 
-_NAMES = """Abby Ben Bob Carla Chip Dave Emma Fiona Frank George Hugo Ivy Jack Jim Joyce Kim Laura Leo Maggie Max Mia Nora
-Oscar Owen Pam Paul Phoebe Pip Robin Rose Ruth Sam Sheila Shaun Steve Theo Tim Vera Violet Will Zoe""".split()
-_THINGS = """apple arm badge bag ball band bath beam bear bee bell bench bird boat bone book boot bottle bowl box branch bridge broom
-brush bucket bus cabin cake camp candle car carpet cat chain chair cheese chimney church clock cloud coat coin corner cup
-curtain cushion dish doctor dog door dream dress drum duck engine fan farm feather fence field finger fire fish flag
-flower fork fox frame frog game garden gate ghost glove goat gold grape guitar hall hammer hat heart hill hoop horse
-house island jam jar jewel job judge jug key king kite kitten knife ladder lamp leaf lemon letter lion lip log map
-market match measure meal melon mirror mole monkey moon mop mouse mouth museum mushroom nail neck needle nest night note
-nurse oil onion orange oven owl package page paint palace path peach pear pebble pen pepper piano picture pie pigeon
-pillow pipe plane plate plum pocket pond pool poppy pot prize puppet puzzle queen rabbit radio ribbon ring river road
-robe rock roof room rope sail salad sauce school sheep shelf ship shirt shoe shop shower song soup spider spoon
-stamp star steam stone storm story street sugar sun table tail teacher thief thumb ticket toe tooth towel tower toy
-train tree tube umbrella uncle valley van vase vegetable village violin voice wagon wall watch water wave wheel whip
-window wing wolf wood wool worm yard zebra zoo""".split()
-_KINDS = """amber awful bare beige big black blue bold brave bright broad broken brown busy calm cheap clean clever cold cool curious
-damp dark deep dim dry dusty dull early easy empty famous fat few fine firm five flat foggy foolish four free fresh funny
-gentle giant good grand green grey happy hard heavy hollow huge humble icy jolly large lazy light little lonely long loud
-lovely low loyal mad many mild modern narrow neat nervous new nice noble noisy odd old open pale patient perfect pink
-plain plump poor proud pure purple quick quiet rare raw red rich ripe rough round royal rude sad safe several shallow sharp
-shiny short shy silver simple sleepy slim slow small smooth soft sour square stiff strange strong sweet tall thick thin
-three tidy tiny tired tough ugly useful vague warm weak wet white whole wide wild wise wooden worn yellow young""".split()
-_DEEDS = """admired asked avoided bathed beat blamed boiled bought broke brought brushed built buried called carried caught changed chased
-chose cleaned climbed closed combed cooked copied counted crossed cut drew dropped enjoyed fed filled fixed followed forgot
-found gave grabbed greeted guarded hated heard helped hid hugged hurried imagined joined judged jumped kept kicked knew
-lifted liked lit loved made measured mended met mixed moved named needed noticed opened owned packed paid painted passed
-peeled picked placed planned played pleased poured praised pressed proved pulled pushed put reached refused remembered
-rubbed saved saw served sewed shaped shared shook showed shut sold solved stirred stole surprised swapped taught
-threw tied took touched turned used visited wanted warmed washed watched waved weighed wiped wrapped wrote""".split()
-_WHERE = """above across after along among around before behind below beneath beside between beyond by inside near opposite
-over past through towards under upon with without""".split()
-_HOW = """again almost always badly barely boldly calmly early easily gladly happily hardly maybe mostly never often once
-perhaps probably quickly quietly rarely slowly softly sometimes soon suddenly twice usually warmly""".split()
+_NAMES = """Abby Ben Bob Carla Chip Dave Emma Fiona Frank George Hugo Ivy Jack Jim Joyce Kim Laura Leo Maggie Max
+Mia Nora Oscar Owen Pam Paul Phoebe Pip Robin Rose Ruth Sam Sheila Shaun Steve Theo Tim Vera Violet Will Zoe""".split()
+_THINGS = """apple arm badge bag ball band bath beam bear bee bell bench bird boat bone book boot bottle bowl box
+branch bridge broom brush bucket bus cabin cake camp candle car carpet cat chain chair cheese chimney church clock
+cloud coat coin corner cup curtain cushion dish doctor dog door dream dress drum duck engine fan farm feather fence
+field finger fire fish flag flower fork fox frame frog game garden gate ghost glove goat gold grape guitar hall
+hammer hat heart hill hoop horse house island jam jar jewel job judge jug key king kite kitten knife ladder lamp
+leaf lemon letter lion lip log map market match measure meal melon mirror mole monkey moon mop mouse mouth museum
+mushroom nail neck needle nest night note nurse oil onion orange oven owl package page paint palace path peach pear
+pebble pen pepper piano picture pie pigeon pillow pipe plane plate plum pocket pond pool poppy pot prize puppet
+puzzle queen rabbit radio ribbon ring river road robe rock roof room rope sail salad sauce school sheep shelf ship
+shirt shoe shop shower song soup spider spoon stamp star steam stone storm story street sugar sun table tail teacher
+thief thumb ticket toe tooth towel tower toy train tree tube umbrella uncle valley van vase vegetable village violin
+voice wagon wall watch water wave wheel whip window wing wolf wood wool worm yard zebra zoo""".split()
+_KINDS = """amber awful bare beige big black blue bold brave bright broad broken brown busy calm cheap clean clever
+cold cool curious damp dark deep dim dry dusty dull early easy empty famous fat few fine firm five flat foggy
+foolish four free fresh funny gentle giant good grand green grey happy hard heavy hollow huge humble icy jolly large
+lazy light little lonely long loud lovely low loyal mad many mild modern narrow neat nervous new nice noble noisy
+odd old open pale patient perfect pink plain plump poor proud pure purple quick quiet rare raw red rich ripe rough
+round royal rude sad safe several shallow sharp shiny short shy silver simple sleepy slim slow small smooth soft
+sour square stiff strange strong sweet tall thick thin three tidy tiny tired tough ugly useful vague warm weak wet
+white whole wide wild wise wooden worn yellow young""".split()
+_DEEDS = """admired asked avoided bathed beat blamed boiled bought broke brought brushed built buried called carried
+caught changed chased chose cleaned climbed closed combed cooked copied counted crossed cut drew dropped enjoyed fed
+filled fixed followed forgot found gave grabbed greeted guarded hated heard helped hid hugged hurried imagined
+joined judged jumped kept kicked knew lifted liked lit loved made measured mended met mixed moved named needed
+noticed opened owned packed paid painted passed peeled picked placed planned played pleased poured praised pressed
+proved pulled pushed put reached refused remembered rubbed saved saw served sewed shaped shared shook showed shut
+sold solved stirred stole surprised swapped taught threw tied took touched turned used visited wanted warmed washed
+watched waved weighed wiped wrapped wrote""".split()
+_WHERE = """above across after along among around before behind below beneath beside between beyond by inside near
+opposite over past through towards under upon with without""".split()
+_HOW = """again almost always badly barely boldly calmly early easily gladly happily hardly maybe mostly never often
+once perhaps probably quickly quietly rarely slowly softly sometimes soon suddenly twice usually warmly""".split()
 _JOIN = ["and", "but", "while", "because", "so", "before", "after", "though", "when", "until"]
 
 _SHAPES = (

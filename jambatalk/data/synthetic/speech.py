@@ -24,8 +24,8 @@ class Voice:
     """A way of sounding. `speed` is the tempo (1.0: the engine's own); `pitch` scales pitch and formants together, as a
     smaller or larger speaker would, and leaves the tempo alone."""
 
-    engine: str                     # "hibari" or "flite"
-    name: str                       # the engine's name of the voice
+    engine: str  # "hibari" or "flite"
+    name: str  # the engine's name of the voice
     speed: float = 1.0
     pitch: float = 1.0
 
@@ -51,8 +51,10 @@ def check_voices(voices: list[Voice]) -> None:
         have = _flite_voices()
         for voice in voices:
             if voice.engine == "flite" and voice.name not in have:
-                raise MissingPackage(f"the installed flite has no voice {voice.name!r} (it has: {', '.join(have)}); "
-                                     "Debian's has all that are used: apt-get install flite")
+                raise MissingPackage(
+                    f"the installed flite has no voice {voice.name!r} (it has: {', '.join(have)}); "
+                    "Debian's has all that are used: apt-get install flite"
+                )
 
 
 def speak(text: str, voice: Voice, seed: int = 0) -> Speech:
@@ -84,6 +86,7 @@ def _end_with_sound(speech: Speech) -> list[Phone]:
 
 # ---------------------------------------------------------------------------------------------------------------- flite
 
+
 def _flite_binary() -> str:
     path = shutil.which("flite")
     if path is None:
@@ -102,8 +105,18 @@ def _flite(text: str, name: str, speed: float, seed: int) -> Speech:
 
     with tempfile.TemporaryDirectory() as folder:
         wav = Path(folder) / "speech.wav"
-        command = [_flite_binary(), "-voice", name, "-psdur", "--setf", f"duration_stretch={1 / speed:.6f}",
-                   "-t", text, "-o", str(wav)]
+        command = [
+            _flite_binary(),
+            "-voice",
+            name,
+            "-psdur",
+            "--setf",
+            f"duration_stretch={1 / speed:.6f}",
+            "-t",
+            text,
+            "-o",
+            str(wav),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0 or not wav.is_file():
             raise RuntimeError(f"flite failed on {text!r}: {done.stderr.strip() or done.returncode}")
@@ -123,8 +136,8 @@ def _flite(text: str, name: str, speed: float, seed: int) -> Speech:
 
 # --------------------------------------------------------------------------------------------------------------- hibari
 
-_UNIT = 0.025               # seconds a duration of 1 lasts
-_LATE = 0.0625              # the durations run this much behind the sound; measured against forced alignment
+_UNIT = 0.025  # seconds a duration of 1 lasts
+_LATE = 0.0625  # the durations run this much behind the sound; measured against forced alignment
 
 
 @functools.lru_cache(maxsize=1)
@@ -140,13 +153,14 @@ def _hibari_engine():
         raise MissingPackage(_HIBARI_MISSING) from error
     model = (Path(hibari.__file__).parent / "assets" / "hibari.onnx").read_bytes()
     tensor = b"/Clip_output_0"
-    value_info = b"\x0a" + bytes([len(tensor)]) + tensor                        # ValueInfoProto.name
-    graph = b"\x62" + bytes([len(value_info)]) + value_info                     # GraphProto.output
+    value_info = b"\x0a" + bytes([len(tensor)]) + tensor  # ValueInfoProto.name
+    graph = b"\x62" + bytes([len(value_info)]) + value_info  # GraphProto.output
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1             # one order of additions: same bytes
+    options.intra_op_num_threads = options.inter_op_num_threads = 1  # one order of additions: same bytes
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model + b"\x3a" + bytes([len(graph)]) + graph, options,
-                                           providers=["CPUExecutionProvider"])  # ModelProto.graph
+    session = onnxruntime.InferenceSession(
+        model + b"\x3a" + bytes([len(graph)]) + graph, options, providers=["CPUExecutionProvider"]
+    )  # ModelProto.graph
     return hibari.Hibari(), session
 
 
@@ -160,7 +174,7 @@ def _hibari(text: str, name: str, speed: float, seed: int) -> Speech:
         ids = np.asarray([engine.ids(part)], np.int64)
         *spectrum, duration = session.run(None, {"ids": ids, "speed": np.asarray([speed], np.float32)})
         samples.append(dsp.synth(*[x[0] for x in spectrum], rng))
-        symbols += [".", *[c for c in part if c in engine.vocab], "."]          # the pads at both ends are silent
+        symbols += [".", *[c for c in part if c in engine.vocab], "."]  # the pads at both ends are silent
         durations += duration.reshape(-1).round().astype(int).tolist()
     audio = np.concatenate(samples).astype(np.float32)
     return Speech(audio, dsp.SR, _hibari_phones(symbols, durations, len(audio) / dsp.SR))
@@ -170,7 +184,7 @@ def _hibari_phones(symbols: list[str], durations: list[int], seconds: float) -> 
     """Phones from the model's symbols (one character each) and their durations in units."""
     names: list[str] = []
     units: list[float] = []
-    carried = 0.0                           # time of marks that goes to the sound after them
+    carried = 0.0  # time of marks that goes to the sound after them
     for i, (symbol, duration) in enumerate(zip(symbols, durations, strict=True)):
         name = from_hibari(symbol)
         following = symbols[i + 1] if i + 1 < len(symbols) else ""
@@ -189,5 +203,5 @@ def _hibari_phones(symbols: list[str], durations: list[int], seconds: float) -> 
     ends = np.clip(np.cumsum(units) * _UNIT - _LATE, 0.0, seconds)
     ends[-1] = seconds
     starts = np.concatenate([[0.0], ends[:-1]])
-    spans = [(n, float(a), float(b)) for n, a, b in zip(names, starts, ends)]
+    spans = [(n, float(a), float(b)) for n, a, b in zip(names, starts, ends, strict=False)]
     return tidy(spans)
