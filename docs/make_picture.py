@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-MOMENTS = (0.55, 1.15, 1.9, 2.6, 3.75, 5.1)  # seconds
+MOMENTS = (0.5, 1.17, 1.4, 2.87, 4.67, 5.4)  # seconds
 SIZE, FACE = (640, 760), (60, 60, 580, 660)  # of the window; the part of it that is kept
 
 
@@ -24,7 +24,7 @@ def main(page: str, picture: str) -> None:
                  "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
                  "--disable-sync", "--hide-scrollbars", f"--user-data-dir={scratch}/profile", "--timeout=5000",
                  f"--window-size={SIZE[0]},{SIZE[1]}", f"--screenshot={shot}",
-                 f"{Path(page).resolve().as_uri()}#t={moment}"],
+                 f"{Path(page).resolve().as_uri()}#t={moment}&zoom=1.4"],
                 check=True, stderr=subprocess.DEVNULL,
             )  # fmt: skip
             tiles.append(Image.open(shot).convert("RGB").crop(FACE).resize((260, 300), Image.Resampling.LANCZOS))
