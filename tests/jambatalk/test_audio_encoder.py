@@ -109,7 +109,7 @@ def test_windowed_features_are_aligned_in_time():
         click[:, at - 20 : at + 20] = 1.0
         change = (encoder.resampled(click, 0, 45) - encoder.resampled(torch.zeros(1, 24000), 0, 45)).norm(dim=-1)[0]
         centre = (change * torch.arange(45)).sum() / change.sum()
-        assert abs(float(centre) - frame) < 0.5
+        assert abs(centre.item() - frame) < 0.5
         assert change[[t for t in range(45) if abs(t - frame) > 1]].max() == 0
 
 
