@@ -1,5 +1,12 @@
+import os
+
 import pytest
 import torch
+
+# Triton decides when it is imported whether its kernels are interpreted, so this comes before any import of it. With
+# a card the kernels run there; without one, in the interpreter. What must compile them here uses a process of its own.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_configure(config):
