@@ -1,0 +1,254 @@
+"""What the compilers make of the GPU kernels, read without a GPU: registers, spills, shared memory, machine code.
+
+Triton kernels are compiled ahead of time (``triton.compile`` with a ``GPUTarget``), in a process of their own: here
+triton may have been imported for its interpreter. ``csrc/cuda/*.cu`` go through nvcc. Both end in cubins, which the
+disassembler of Triton's wheel turns into SASS. Everything is compiled once per session and architecture.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+# What one block may use of shared memory, in bytes, by compute capability (CUDA programming guide, technical
+# specifications per compute capability; 1 KiB per block is the system's).
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    opcode: str  # with its modifiers: LDG.E.128
+    text: str
+
+
+@dataclass(frozen=True)
+class Code:
+    """One kernel (or a stretch of one) as machine instructions, with what the compiler says that it needs."""
+
+    name: str
+    instructions: tuple[Instruction, ...]
+    labels: dict[str, int] = field(default_factory=dict)
+    registers: int = 0
+    stack_bytes: int = 0
+    spill_bytes: int = 0
+    shared_bytes: int = 0
+    warps: int = 0
+
+    def count(self, pattern: str) -> int:
+        """Instructions whose opcode begins with ``pattern``, a regular expression: ``LDG.*\\.128``, ``MUFU\\.EX2``."""
+        matches = re.compile(pattern).match
+        return sum(1 for each in self.instructions if matches(each.opcode))
+
+    def histogram(self) -> Counter[str]:
+        return Counter(each.opcode.split(".")[0] for each in self.instructions)
+
+    def loops(self) -> list[Code]:
+        """Every stretch that a backward branch repeats, innermost ones (those that hold no other) first."""
+        spans = set()
+        for each in self.instructions:
+            target = re.search(r"BRA\S*\s.*?\(?(\.L_x_\w+)\)?", each.text)
+            if target and self.labels.get(target[1], each.address) < each.address:
+                spans.add((self.labels[target[1]], each.address))
+
+        def holds_another(span):
+            return any(o != span and span[0] <= o[0] and o[1] <= span[1] for o in spans)
+
+        return [
+            Code(self.name, tuple(i for i in self.instructions if start <= i.address <= end))
+            for start, end in sorted(spans, key=lambda span: (holds_another(span), span))
+        ]
+
+    def hot_loop(self, pattern: str) -> Code:
+        """The innermost loop with the most instructions of ``pattern``; the whole kernel where no loop has any."""
+        best = max(self.loops(), key=lambda loop: (loop.count(pattern), -len(loop.instructions)), default=self)
+        return best if best.count(pattern) else self
+
+    @property
+    def local_memory(self) -> int:
+        """Loads and stores of local memory: spilled registers and arrays that found no registers."""
+        return self.count(r"LDL|STL")
+
+
+def missing_tools() -> str | None:
+    """Why no cubin can be read here, or None."""
+    try:
+        disassembler()
+    except FileNotFoundError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def disassembler() -> Path:
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError("triton is not installed (its wheel carries nvdisasm)")
+    path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    if not path.exists():
+        raise FileNotFoundError("this triton carries no nvdisasm")
+    return path
+
+
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which("nvcc")
+
+
+def disassemble(cubin: Path) -> dict[str, Code]:
+    """-> the kernels in a cubin, by name."""
+    text = subprocess.run([disassembler(), "-c", cubin], capture_output=True, text=True, check=True).stdout
+    kernels: dict[str, Code] = {}
+    for part in re.split(r"^\.text\.", text, flags=re.M)[1:]:
+        name, body = part.split(":", 1)
+        body = body.split("\t.section", 1)[0]
+        instructions: list[Instruction] = []
+        labels: dict[str, int] = {}
+        waiting: list[str] = []
+        for line in body.splitlines():
+            label = re.match(r"(\.L_x_\w+):", line)
+            code = re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", line)
+            if label:
+                waiting.append(label[1])
+            elif code:
+                address = int(code[1], 16)
+                labels.update(dict.fromkeys(waiting, address))
+                waiting = []
+                opcode = re.sub(r"^@!?U?P\w+\s+", "", code[2]).split()[0]
+                instructions.append(Instruction(address, opcode, code[2]))
+        kernels[name] = Code(name, tuple(instructions), labels)
+    return kernels
+
+
+# ---- Triton ---------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def compile_triton(module: str, capability: int) -> dict[str, Code]:
+    """Every case that ``module.ahead_of_time_cases()`` lists, compiled for ``capability`` (90 for sm_90); by name.
+
+    A case is a dict: ``name``; ``kernel``, the jitted function; ``signature``, the type of every parameter, ":16" where
+    a launch sees a multiple of 16; ``constexprs``; ``num_warps`` and ``num_stages``.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        paths = [str(ROOT), environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+        # The default of today's Triton, said aloud, since it warns that it will change.
+        environment.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+        done = subprocess.run(
+            [sys.executable, __file__, module, str(capability), folder], env=environment, capture_output=True, text=True
+        )
+        if done.returncode:
+            raise AssertionError(f"{module} does not compile for sm_{capability}:\n{done.stderr[-4000:]}")
+        codes = {}
+        for facts in json.loads((Path(folder) / "cases.json").read_text()):
+            cubin = Path(folder) / facts["cubin"]
+            (code,) = disassemble(cubin).values()
+            usage = resource_usage(cubin)[code.name]
+            codes[facts["name"]] = Code(
+                facts["name"], code.instructions, code.labels, usage["REG"], usage["STACK"],
+                shared_bytes=facts["shared"], warps=facts["warps"],
+            )  # fmt: skip
+        return codes
+
+
+def resource_usage(cubin: Path) -> dict[str, dict[str, int]]:
+    tool = disassembler().with_name("cuobjdump")
+    text = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+    return {
+        name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", facts)}
+        for name, facts in re.findall(r"Function (\S+):\s*\n\s*(REG.*)", text)
+    }
+
+
+def _compile_cases(module: str, capability: int, folder: Path) -> None:
+    """In the process of its own: write the cubins and what the launcher would ask for."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    facts = []
+    for index, case in enumerate(importlib.import_module(module).ahead_of_time_cases()):
+        names = case["kernel"].arg_names
+        constexprs = dict(case["constexprs"])
+        signature, attributes = {}, {}
+        for position, name in enumerate(names):
+            kind, _, multiple = case["signature"].get(name, "constexpr").partition(":")
+            signature[name] = "constexpr" if name in constexprs else kind
+            if multiple and name not in constexprs:
+                attributes[(position,)] = [["tt.divisibility", int(multiple)]]
+        compiled = triton.compile(
+            ASTSource(case["kernel"], signature, constexprs, attributes),
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": case.get("num_warps", 4), "num_stages": case.get("num_stages", 2)},
+        )
+        cubin = f"{index}.cubin"
+        (folder / cubin).write_bytes(compiled.asm["cubin"])
+        metadata = compiled.metadata
+        facts.append({"name": case["name"], "cubin": cubin, "shared": metadata.shared, "warps": metadata.num_warps})
+    (folder / "cases.json").write_text(json.dumps(facts))
+
+
+# ---- nvcc -----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def compile_cuda(source: str, architecture: str) -> dict[str, Code]:
+    """One file of csrc/cuda for "sm_89" and so on; -> its kernels by demangled name, template arguments included."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "code.cubin"
+        command = [
+            nvcc(), "-cubin", f"-arch={architecture}", "-std=c++20", "-O3", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}",
+            str(ROOT / "csrc" / "cuda" / source), "-o", str(cubin),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise AssertionError(f"{source} does not compile for {architecture}:\n{done.stderr[-4000:]}")
+        report = ptxas_report(done.stderr)
+        codes = {}
+        for mangled, code in disassemble(cubin).items():
+            name = demangle(mangled)
+            codes[name] = Code(name, code.instructions, code.labels, **report[mangled])
+        return codes
+
+
+def ptxas_report(text: str) -> dict[str, dict[str, int]]:
+    """Registers, stack, spills and static shared memory of every kernel, from ``-Xptxas -v``."""
+    report = {}
+    for name, facts in re.findall(r"Compiling entry function '(\S+)'.*?\n(.*?Used \d+ registers.*?)\n", text, re.S):
+
+        def number(pattern, facts=facts):
+            found = re.search(pattern, facts)
+            return int(found[1]) if found else 0
+
+        report[name] = {
+            "registers": number(r"Used (\d+) registers"),
+            "stack_bytes": number(r"(\d+) bytes stack frame"),
+            "spill_bytes": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+            "shared_bytes": number(r"(\d+) bytes smem"),
+        }
+    return report
+
+
+def demangle(name: str) -> str:
+    tool = shutil.which("cu++filt") or shutil.which("c++filt")
+    if tool is None:
+        return name
+    return subprocess.run([tool, name], capture_output=True, text=True, check=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    _compile_cases(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
