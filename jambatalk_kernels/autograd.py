@@ -7,7 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["first_derivative"]
+__all__ = ["any_requires_grad", "first_derivative"]
+
+
+def any_requires_grad(*tensors: object) -> bool:
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            return True
+    return False
 
 
 class _NoSecondDerivative(torch.autograd.Function):

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jambatalk_kernels.autograd import first_derivative
-from jambatalk_kernels.backends import choose, native_library
+from jambatalk_kernels.autograd import any_requires_grad, first_derivative
+from jambatalk_kernels.backends import candidates, choose, native_library, without_step_gradients
 from jambatalk_kernels.causal_conv1d.reference import conv_reference, conv_step_reference
 from jambatalk_kernels.checks import check_cu_seqlens, check_tensor
+from jambatalk_kernels.triton_ops import TritonOp
 
 __all__ = ["causal_conv1d", "causal_conv1d_step"]
 
 MAX_WIDTH = 16
 
-_LOADED, _WHY_NOT = native_library()
 # "swish" is the other name of silu, which the field uses too.
 _ACTIVATIONS = {None: False, "silu": True, "swish": True}
 
@@ -41,14 +41,15 @@ def causal_conv1d(
         return_final_state: also return the last ``width - 1`` inputs, the next call's ``initial_state``.
         cu_seqlens: int32 (sequences + 1,), boundaries of sequences packed along ``length`` (batch 1). States are then
             (sequences, width - 1, channels). Empty sequences are allowed. Positions outside of all of them give zeros.
-        backend: "reference" or "cpu"; by default the first that can run (see :mod:`jambatalk_kernels.backends`).
+        backend: "reference", "cpu", "triton" or "cuda"; by default the best that can run (see
+            :mod:`jambatalk_kernels.backends`).
 
     Returns:
         y (batch, length, channels) in x's dtype [, final state in float32, or float64 when x is].
 
     Numerics: accumulation in float32, or float64 when x is float64. Deterministic, forward and backward. Autocast does
-    not change the dtypes. Gradients of every tensor input and through both states; a second derivative raises on
-    ``cpu`` and works on ``reference``.
+    not change the dtypes. Gradients of every tensor input and through both states; a second derivative works on
+    ``reference`` and raises on the others.
 
     Cost: one read and one write per element, which is what binds it. Backward saves the inputs only and computes the
     sum before the activation again. Strides: any, read in place; nothing is copied beyond a chunk.
@@ -57,19 +58,19 @@ def causal_conv1d(
     """
     silu = _check_activation("causal_conv1d", activation)
     arguments = (x, weight, bias, initial_state, cu_seqlens)
-    chosen = choose("causal_conv1d", backend, _candidates(x))
-    # A call must cost microseconds: the native op tests its arguments itself, and only when it refuses them is the
+    chosen = choose("causal_conv1d", backend, candidates("causal_conv1d", x))
+    # A call must cost microseconds: a native op tests its arguments itself, and only when it refuses them is the
     # reason put into words here. What it cannot see is checked first: tracing runs no kernel, and values are optional.
-    if chosen == "reference" or cu_seqlens is not None or torch.compiler.is_compiling():
+    if chosen not in ("cpu", "cuda") or cu_seqlens is not None or torch.compiler.is_compiling():
         _check_conv(*arguments)
     if chosen == "reference":
         y, final_state = conv_reference(x, weight, bias, silu, initial_state, cu_seqlens)
         return (y, final_state) if return_final_state else y
     try:
-        if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, initial_state):
-            y, final_state = _CausalConv1d.apply(*arguments, silu)
+        if torch.is_grad_enabled() and any_requires_grad(x, weight, bias, initial_state):
+            y, final_state = _CausalConv1d.apply(*arguments, silu, chosen)
         else:
-            y, final_state = torch.ops.jambatalk.causal_conv1d.default(*arguments, silu)
+            y, final_state = _FORWARD[chosen](*arguments, silu)
     except (RuntimeError, TypeError, AttributeError):
         _check_conv(*arguments)
         raise
@@ -100,41 +101,22 @@ def causal_conv1d_step(
     """
     silu = _check_activation("causal_conv1d_step", activation)
     arguments = (state, x, weight, bias)
-    needs_grad = torch.is_grad_enabled() and _any_requires_grad(*arguments)
-    chosen = choose("causal_conv1d_step", backend, _candidates(x, needs_grad))
-    if chosen == "reference" or torch.compiler.is_compiling():
+    options = candidates("causal_conv1d_step", x)
+    if torch.is_grad_enabled() and any_requires_grad(*arguments):
+        options = without_step_gradients(options)
+    chosen = choose("causal_conv1d_step", backend, options)
+    if chosen not in ("cpu", "cuda") or torch.compiler.is_compiling():
         _check_step(*arguments)
     if chosen == "reference":
         return conv_step_reference(*arguments, silu)
     try:
-        y = torch.ops.jambatalk.causal_conv1d_step.default(*arguments, silu)
+        y = _STEP[chosen](*arguments, silu)
     except (RuntimeError, TypeError):
         _check_step(*arguments)
         raise
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(state)  # so that autograd sees a saved state that was overwritten
     return y
-
-
-_ON_CPU = {"cpu": None if _LOADED else _WHY_NOT, "reference": None}
-_ON_CPU_WITH_GRAD = {
-    "cpu": _ON_CPU["cpu"] or "steps have no gradients there and this call needs them",
-    "reference": None,
-}
-
-
-def _candidates(x: object, step_needs_grad: bool = False) -> dict[str, str | None]:
-    """The backends for inputs like ``x``, best first; something that is not a tensor is left to the checks."""
-    if isinstance(x, Tensor) and x.device.type != "cpu":
-        return {"reference": None, "cpu": f"the inputs are on {x.device}"}
-    return _ON_CPU_WITH_GRAD if step_needs_grad else _ON_CPU
-
-
-def _any_requires_grad(*tensors: Tensor | None) -> bool:
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and tensor.requires_grad:
-            return True
-    return False
 
 
 def _check_activation(op: str, activation: object) -> bool:
@@ -178,13 +160,13 @@ def _check_conv(x, weight, bias, initial_state, cu_seqlens) -> None:
 
 
 class _CausalConv1d(torch.autograd.Function):
-    """The native op with its native gradient. Saved: the inputs."""
+    """A kernel with its own gradient. Saved: the inputs."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, initial_state, cu_seqlens, silu):
-        y, final_state = torch.ops.jambatalk.causal_conv1d.default(x, weight, bias, initial_state, cu_seqlens, silu)
+    def forward(ctx, x, weight, bias, initial_state, cu_seqlens, silu, backend):
+        y, final_state = _FORWARD[backend](x, weight, bias, initial_state, cu_seqlens, silu)
         ctx.save_for_backward(x, weight, bias, initial_state, cu_seqlens)
-        ctx.silu = silu
+        ctx.silu, ctx.backend = silu, backend
         ctx.set_materialize_grads(False)
         return y, final_state
 
@@ -192,14 +174,15 @@ class _CausalConv1d(torch.autograd.Function):
     def backward(ctx, grad_y, grad_final_state):
         x, weight, bias, initial_state, cu_seqlens = ctx.saved_tensors
         dx, dweight, dbias, dinitial_state = first_derivative(
-            "causal_conv1d", torch.ops.jambatalk.causal_conv1d_backward.default, grad_y, grad_final_state, x, weight,
-            bias, initial_state, cu_seqlens, ctx.silu,
+            "causal_conv1d", _BACKWARD[ctx.backend], grad_y, grad_final_state, x, weight, bias, initial_state,
+            cu_seqlens, ctx.silu,
         )  # fmt: skip
         return (
             dx,
             dweight,
             None if bias is None else dbias,
             None if initial_state is None else dinitial_state,
+            None,
             None,
             None,
         )
@@ -226,7 +209,25 @@ def _fake_conv_step(state, x, weight, bias, silu):
     return x.new_empty(x.shape)
 
 
-if _LOADED:
+# The schemas of csrc/registration.cpp, for the ops that Triton's launchers become; a test compares the two.
+SCHEMAS = (
+    "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, bool silu) "
+    "-> (Tensor y, Tensor final_state)",
+    "causal_conv1d_backward(Tensor? grad_y, Tensor? grad_final_state, Tensor x, Tensor weight, Tensor? bias, "
+    "Tensor? initial_state, Tensor? cu_seqlens, bool silu) "
+    "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)",
+    "causal_conv1d_step(Tensor(a!) state, Tensor x, Tensor weight, Tensor? bias, bool silu) -> Tensor",
+)
+_MODULE = "jambatalk_kernels.causal_conv1d.triton"
+
+# Backend -> the op that runs it. ``cpu`` and ``cuda`` are one native op, which its tensors' device tells apart.
+_FORWARD = {"triton": TritonOp(SCHEMAS[0], _MODULE, "conv_forward", _fake_conv)}
+_BACKWARD = {"triton": TritonOp(SCHEMAS[1], _MODULE, "conv_backward", _fake_conv_backward)}
+_STEP = {"triton": TritonOp(SCHEMAS[2], _MODULE, "conv_step", _fake_conv_step)}
+if native_library()[0]:
     torch.library.register_fake("jambatalk::causal_conv1d", _fake_conv)
     torch.library.register_fake("jambatalk::causal_conv1d_backward", _fake_conv_backward)
     torch.library.register_fake("jambatalk::causal_conv1d_step", _fake_conv_step)
+    _FORWARD["cpu"] = _FORWARD["cuda"] = torch.ops.jambatalk.causal_conv1d.default
+    _BACKWARD["cpu"] = _BACKWARD["cuda"] = torch.ops.jambatalk.causal_conv1d_backward.default
+    _STEP["cpu"] = _STEP["cuda"] = torch.ops.jambatalk.causal_conv1d_step.default

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from jambatalk_kernels.autograd import first_derivative
-from jambatalk_kernels.backends import choose, native_library
+from jambatalk_kernels.autograd import any_requires_grad, first_derivative
+from jambatalk_kernels.backends import candidates, choose, native_library, without_step_gradients
 from jambatalk_kernels.checks import check_cu_seqlens, check_tensor
 from jambatalk_kernels.selective_scan.reference import compute_dtype, scan_reference, scan_step_reference
+from jambatalk_kernels.triton_ops import TritonOp
 
 __all__ = ["selective_scan", "selective_scan_step"]
-
-_LOADED, _WHY_NOT = native_library()
 
 
 def selective_scan(
@@ -48,14 +49,15 @@ def selective_scan(
         return_final_state: also return h after the last position.
         cu_seqlens: int32 (sequences + 1,), boundaries of sequences packed along ``length`` (batch 1). States are then
             (sequences, channels, states). Empty sequences are allowed. Positions outside of every sequence give zeros.
-        backend: "reference" or "cpu"; by default the first that can run (see :mod:`jambatalk_kernels.backends`).
+        backend: "reference", "cpu", "triton" or "cuda"; by default the best that can run (see
+            :mod:`jambatalk_kernels.backends`).
 
     Returns:
         y (batch, length, channels) in u's dtype [, final state in float32, or float64 when u is].
 
     Numerics: accumulation in float32, or float64 when u is float64. Deterministic, forward and backward. Autocast does
     not change the dtypes: inputs are taken as they come. Gradients of every tensor input and through both states;
-    a second derivative raises on ``cpu`` and works on ``reference``.
+    a second derivative works on ``reference`` and raises on the others.
 
     Cost on ``cpu``: 16 float operations or so per channel, position and state, which is what binds it. Backward saves
     the inputs and one state per chunk of at least 4 * states positions: O(batch * length * channels), never times
@@ -66,19 +68,19 @@ def selective_scan(
     Source: Gu and Dao, "Mamba" (arXiv 2312.00752), algorithm 2.
     """
     arguments = (u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
-    chosen = choose("selective_scan", backend, _candidates(u))
-    # A call must cost microseconds: the native op tests its arguments itself, and only when it refuses them is the
+    chosen = choose("selective_scan", backend, candidates("selective_scan", u))
+    # A call must cost microseconds: a native op tests its arguments itself, and only when it refuses them is the
     # reason put into words here. What it cannot see is checked first: tracing runs no kernel, and values are optional.
-    if chosen == "reference" or cu_seqlens is not None or torch.compiler.is_compiling():
+    if chosen not in ("cpu", "cuda") or cu_seqlens is not None or torch.compiler.is_compiling():
         _check_scan(*arguments)
     if chosen == "reference":
         y, final_state = scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens)
         return (y, final_state) if return_final_state else y
     try:
-        if torch.is_grad_enabled() and _any_requires_grad(u, delta, A, B, C, D, z, delta_bias, initial_state):
-            y, final_state = _SelectiveScan.apply(*arguments, delta_softplus)
+        if torch.is_grad_enabled() and any_requires_grad(u, delta, A, B, C, D, z, delta_bias, initial_state):
+            y, final_state = _SelectiveScan.apply(*arguments, delta_softplus, chosen)
         else:
-            y, final_state, _ = torch.ops.jambatalk.selective_scan.default(*arguments, delta_softplus, False)
+            y, final_state, _ = _FORWARD[chosen](*arguments, delta_softplus, False)
     except (RuntimeError, TypeError, AttributeError):
         _check_scan(*arguments)
         raise
@@ -113,41 +115,22 @@ def selective_scan_step(
     Errors: as :func:`selective_scan`.
     """
     arguments = (state, u, delta, A, B, C, D, z, delta_bias)
-    needs_grad = torch.is_grad_enabled() and _any_requires_grad(*arguments)
-    chosen = choose("selective_scan_step", backend, _candidates(u, needs_grad))
-    if chosen == "reference" or torch.compiler.is_compiling():
+    options = candidates("selective_scan_step", u)
+    if torch.is_grad_enabled() and any_requires_grad(*arguments):
+        options = without_step_gradients(options)
+    chosen = choose("selective_scan_step", backend, options)
+    if chosen not in ("cpu", "cuda") or torch.compiler.is_compiling():
         _check_step(*arguments)
     if chosen == "reference":
         return scan_step_reference(*arguments, delta_softplus)
     try:
-        y = torch.ops.jambatalk.selective_scan_step.default(*arguments, delta_softplus)
+        y = _STEP[chosen](*arguments, delta_softplus)
     except (RuntimeError, TypeError):
         _check_step(*arguments)
         raise
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(state)  # so that autograd sees a saved state that was overwritten
     return y
-
-
-_ON_CPU = {"cpu": None if _LOADED else _WHY_NOT, "reference": None}
-_ON_CPU_WITH_GRAD = {
-    "cpu": _ON_CPU["cpu"] or "steps have no gradients there and this call needs them",
-    "reference": None,
-}
-
-
-def _candidates(u: object, step_needs_grad: bool = False) -> dict[str, str | None]:
-    """The backends for inputs like ``u``, best first; something that is not a tensor is left to the checks."""
-    if isinstance(u, Tensor) and u.device.type != "cpu":
-        return {"reference": None, "cpu": f"the inputs are on {u.device}"}
-    return _ON_CPU_WITH_GRAD if step_needs_grad else _ON_CPU
-
-
-def _any_requires_grad(*tensors: Tensor | None) -> bool:
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and tensor.requires_grad:
-            return True
-    return False
 
 
 def _check_parameters(op: str, A: object, channels: int, D: object, delta_bias: object, device: torch.device) -> int:
@@ -199,15 +182,15 @@ def _check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens) 
 
 
 class _SelectiveScan(torch.autograd.Function):
-    """The native op with its native gradient. Saved: the inputs and the state at the start of every chunk."""
+    """A kernel with its own gradient. Saved: the inputs and the state at the start of every chunk."""
 
     @staticmethod
-    def forward(ctx, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus):
-        y, final_state, chunk_states = torch.ops.jambatalk.selective_scan.default(
+    def forward(ctx, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, backend):
+        y, final_state, chunk_states = _FORWARD[backend](
             u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, True
         )
         ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, chunk_states)
-        ctx.delta_softplus = delta_softplus
+        ctx.delta_softplus, ctx.backend = delta_softplus, backend
         ctx.set_materialize_grads(False)
         return y, final_state
 
@@ -215,8 +198,8 @@ class _SelectiveScan(torch.autograd.Function):
     def backward(ctx, grad_y, grad_final_state):
         u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, chunk_states = ctx.saved_tensors
         grads = first_derivative(
-            "selective_scan", torch.ops.jambatalk.selective_scan_backward.default, grad_y, grad_final_state, u, delta,
-            A, B, C, D, z, delta_bias, initial_state, cu_seqlens, chunk_states, ctx.delta_softplus,
+            "selective_scan", _BACKWARD[ctx.backend], grad_y, grad_final_state, u, delta, A,
+            B, C, D, z, delta_bias, initial_state, cu_seqlens, chunk_states, ctx.delta_softplus,
         )  # fmt: skip
         du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state = grads
         return (
@@ -225,11 +208,11 @@ class _SelectiveScan(torch.autograd.Function):
             None if z is None else dz,
             None if delta_bias is None else ddelta_bias,
             None if initial_state is None else dinitial_state,
-            None, None,
+            None, None, None,
         )  # fmt: skip
 
 
-# The chunk of positions between two saved states, and the padding of channels in them: as in csrc/cpu/selective_scan.h.
+# What the native ops save, as in csrc/cpu/selective_scan.cpp: a state per chunk of positions, channels padded.
 def _chunk_length(states: int) -> int:
     return max(64, 4 * states)
 
@@ -238,7 +221,18 @@ def _padded(channels: int) -> int:
     return (channels + 15) // 16 * 16
 
 
-def _fake_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, save_states):
+def _native_chunk_states(batch: int, length: int, channels: int, states: int) -> tuple[int, ...]:
+    chunks = (length + _chunk_length(states) - 1) // _chunk_length(states)
+    return batch, chunks, states, _padded(channels)
+
+
+def _triton_chunk_states(batch: int, length: int, channels: int, states: int) -> tuple[int, ...]:
+    from jambatalk_kernels.selective_scan.triton import chunk_states_shape
+
+    return chunk_states_shape(batch, length, channels, states)
+
+
+def _fake_scan(chunk_states_shape, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, _, save_states):
     _check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
     batch, length, channels = u.shape
     states = A.shape[1]
@@ -246,10 +240,8 @@ def _fake_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, d
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     y = u.new_empty((batch, length, channels))
     final_state = u.new_empty((sequences, channels, states), dtype=dtype)
-    if not save_states:
-        return y, final_state, u.new_empty((0,), dtype=dtype)
-    chunks = (length + _chunk_length(states) - 1) // _chunk_length(states)
-    return y, final_state, u.new_empty((batch, chunks, states, _padded(channels)), dtype=dtype)
+    saved = chunk_states_shape(batch, length, channels, states) if save_states else (0,)
+    return y, final_state, u.new_empty(saved, dtype=dtype)
 
 
 def _fake_scan_backward(
@@ -268,7 +260,28 @@ def _fake_scan_step(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
     return u.new_empty(u.shape)
 
 
-if _LOADED:
-    torch.library.register_fake("jambatalk::selective_scan", _fake_scan)
+# The schemas of csrc/registration.cpp, for the ops that Triton's launchers become; a test compares the two.
+SCHEMAS = (
+    "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+    "Tensor? initial_state, Tensor? cu_seqlens, bool delta_softplus, bool save_states) "
+    "-> (Tensor y, Tensor final_state, Tensor chunk_states)",
+    "selective_scan_backward(Tensor? grad_y, Tensor? grad_final_state, Tensor u, Tensor delta, Tensor A, Tensor B, "
+    "Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? initial_state, Tensor? cu_seqlens, "
+    "Tensor chunk_states, bool delta_softplus) -> (Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, "
+    "Tensor dD, Tensor dz, Tensor ddelta_bias, Tensor dinitial_state)",
+    "selective_scan_step(Tensor(a!) state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, "
+    "Tensor? z, Tensor? delta_bias, bool delta_softplus) -> Tensor",
+)
+_MODULE = "jambatalk_kernels.selective_scan.triton"
+
+# Backend -> the op that runs it. ``cpu`` and ``cuda`` are one native op, which its tensors' device tells apart.
+_FORWARD = {"triton": TritonOp(SCHEMAS[0], _MODULE, "scan_forward", partial(_fake_scan, _triton_chunk_states))}
+_BACKWARD = {"triton": TritonOp(SCHEMAS[1], _MODULE, "scan_backward", _fake_scan_backward)}
+_STEP = {"triton": TritonOp(SCHEMAS[2], _MODULE, "scan_step", _fake_scan_step)}
+if native_library()[0]:
+    torch.library.register_fake("jambatalk::selective_scan", partial(_fake_scan, _native_chunk_states))
     torch.library.register_fake("jambatalk::selective_scan_backward", _fake_scan_backward)
     torch.library.register_fake("jambatalk::selective_scan_step", _fake_scan_step)
+    _FORWARD["cpu"] = _FORWARD["cuda"] = torch.ops.jambatalk.selective_scan.default
+    _BACKWARD["cpu"] = _BACKWARD["cuda"] = torch.ops.jambatalk.selective_scan_backward.default
+    _STEP["cpu"] = _STEP["cuda"] = torch.ops.jambatalk.selective_scan_step.default

@@ -8,6 +8,8 @@ import torch
 import jambatalk_kernels
 from jambatalk_kernels import BackendUnavailable, backends, use_backend
 from jambatalk_kernels.backends import choose
+from jambatalk_kernels.causal_conv1d import op as conv_op
+from jambatalk_kernels.selective_scan import op as scan_op
 
 BOTH = {"cpu": None, "reference": None}
 WITHOUT_CPU = {"cpu": "no such library", "reference": None}
@@ -81,8 +83,8 @@ def test_a_block_is_undone_by_an_exception():
 
 
 def test_ops_obey_the_environment(monkeypatch):
-    monkeypatch.setenv("JAMBATALK_KERNELS_BACKEND", "triton")
-    with pytest.raises(BackendUnavailable, match="causal_conv1d.*'triton'"):
+    monkeypatch.setenv("JAMBATALK_KERNELS_BACKEND", "cuda")
+    with pytest.raises(BackendUnavailable, match="causal_conv1d.*'cuda'.*on the CPU"):
         jambatalk_kernels.causal_conv1d(torch.zeros(1, 2, 3), torch.zeros(3, 4))
 
 
@@ -93,3 +95,52 @@ def test_a_library_of_another_version_is_refused(monkeypatch):
     monkeypatch.setattr(backends, "NATIVE_VERSION", -1)
     loaded, reason = backends._load_native()
     assert not loaded and "-1" in reason and "pip install" in reason
+
+
+def test_the_schemas_of_the_triton_ops_are_the_native_ones():
+    if not backends.native_library()[0]:
+        pytest.skip("there is no native library to compare with (JAMBATALK_BUILD=none)")
+    for op in (conv_op, scan_op):
+        for schema in op.SCHEMAS:
+            name = schema[: schema.index("(")]
+            native = str(getattr(torch.ops.jambatalk, name).default._schema)
+            triton = str(getattr(torch.ops.jambatalk_triton, name).default._schema)
+            assert triton.replace("jambatalk_triton", "jambatalk") == native
+
+
+@pytest.mark.parametrize(
+    "entry, capability, runs",
+    [
+        ("8.0", (8, 0), True), ("8.0", (8, 9), True), ("8.9", (8, 6), False), ("8.0", (9, 0), False),
+        ("9.0a", (9, 0), True), ("9.0a", (10, 0), False), ("8.0+PTX", (12, 0), True), ("12.0+PTX", (9, 0), False),
+        ("10.0f", (10, 0), True),
+    ],
+)  # fmt: skip
+def test_what_a_cuda_build_covers(entry, capability, runs):
+    options = backends.gpu_candidates(capability, True, entry, False)
+    assert (options["cuda"] is None) == runs
+
+
+def test_on_a_gpu_an_unvalidated_cuda_kernel_runs_only_when_forced():
+    options = backends.gpu_candidates((9, 0), True, "9.0a", validated=False)
+    assert choose("op", None, options) == "triton" and choose("op", "cuda", options) == "cuda"
+    assert choose("op", None, backends.gpu_candidates((9, 0), True, "9.0a", validated=True)) == "cuda"
+    assert choose("op", None, backends.gpu_candidates((9, 0), True, "8.0", validated=True)) == "triton"
+
+
+def test_on_a_gpu_the_reasons_are_told():
+    with pytest.warns(RuntimeWarning, match="'triton' cannot: triton is not installed"):
+        assert choose("op", None, backends.gpu_candidates((9, 0), False, "", False)) == "reference"
+    with pytest.warns(RuntimeWarning, match="sm_80 or newer.*sm_75"):
+        assert choose("op", None, backends.gpu_candidates((7, 5), True, "", False)) == "reference"
+    with pytest.raises(BackendUnavailable, match="built without CUDA"):
+        choose("op", "cuda", backends.gpu_candidates((9, 0), True, "", False))
+    with pytest.raises(BackendUnavailable, match="'cpu'.*on a GPU"):
+        choose("op", "cpu", backends.gpu_candidates((9, 0), True, "", False))
+
+
+def test_other_devices_run_on_the_reference():
+    options = backends.candidates("op", torch.empty(1, device="meta"))
+    assert choose("op", None, options) == "reference"
+    with pytest.raises(BackendUnavailable, match="'triton'.*meta"):
+        choose("op", "triton", options)
