@@ -1,0 +1,173 @@
+// What the kernels share: loads and stores of any dtype, 16-byte vectors, launches. Included by .cu files only.
+//
+// tests/cuda_on_cpu compiles the same files as plain C++, one fiber per thread, with headers of its own in place of
+// CUDA's. What it asks of a kernel: `JT_DYNAMIC_SHARED(name)` for dynamic shared memory, launches through launch(),
+// no inline PTX outside of this page, and no intrinsic that tests/cuda_on_cpu/cuda_runtime.h does not have.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/launch.h"
+
+#if defined(__CUDACC__)
+#define JT_DEVICE __device__ __forceinline__
+#define JT_UNROLL _Pragma("unroll")
+// Dynamic shared memory as bytes. One name per file: all declarations of a file are one symbol.
+#define JT_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#else
+#define JT_DEVICE inline
+#define JT_UNROLL
+#define JT_DYNAMIC_SHARED(name) unsigned char* const name = cuda_on_cpu::dynamic_shared()
+#endif
+
+namespace jambatalk::cuda {
+
+// ---- dtypes
+
+template <class T>
+struct DtypeOf;
+template <>
+struct DtypeOf<float> {
+  static constexpr Dtype value = Dtype::kFloat32;
+};
+template <>
+struct DtypeOf<double> {
+  static constexpr Dtype value = Dtype::kFloat64;
+};
+template <>
+struct DtypeOf<__nv_bfloat16> {
+  static constexpr Dtype value = Dtype::kBFloat16;
+};
+template <>
+struct DtypeOf<__half> {
+  static constexpr Dtype value = Dtype::kFloat16;
+};
+
+template <class To>
+JT_DEVICE To convert(float x) {
+  if constexpr (std::is_same_v<To, __nv_bfloat16>)
+    return __float2bfloat16_rn(x);
+  else if constexpr (std::is_same_v<To, __half>)
+    return __float2half_rn(x);
+  else
+    return To(x);
+}
+template <class To>
+JT_DEVICE To convert(double x) {
+  if constexpr (std::is_same_v<To, __nv_bfloat16>)
+    return __double2bfloat16(x);
+  else if constexpr (std::is_same_v<To, __half>)
+    return __double2half(x);
+  else
+    return To(x);
+}
+template <class To>
+JT_DEVICE To convert(__nv_bfloat16 x) {
+  return To(__bfloat162float(x));
+}
+template <class To>
+JT_DEVICE To convert(__half x) {
+  return To(__half2float(x));
+}
+
+// Element `at` of an array whose dtype is known at run time only: the same branch for all threads, so it costs issue
+// slots, not divergence. T is the compute type.
+template <class T>
+JT_DEVICE T load_any(const Array& array, int64_t at) {
+  switch (array.dtype) {
+    case Dtype::kFloat32:
+      return convert<T>(static_cast<const float*>(array.data)[at]);
+    case Dtype::kFloat64:
+      return convert<T>(static_cast<const double*>(array.data)[at]);
+    case Dtype::kBFloat16:
+      return convert<T>(static_cast<const __nv_bfloat16*>(array.data)[at]);
+    default:
+      return convert<T>(static_cast<const __half*>(array.data)[at]);
+  }
+}
+
+template <class T>
+JT_DEVICE void store_any(const Array& array, int64_t at, T value) {
+  switch (array.dtype) {
+    case Dtype::kFloat32:
+      static_cast<float*>(array.data)[at] = convert<float>(value);
+      break;
+    case Dtype::kFloat64:
+      static_cast<double*>(array.data)[at] = convert<double>(value);
+      break;
+    case Dtype::kBFloat16:
+      static_cast<__nv_bfloat16*>(array.data)[at] = convert<__nv_bfloat16>(value);
+      break;
+    default:
+      static_cast<__half*>(array.data)[at] = convert<__half>(value);
+  }
+}
+
+JT_DEVICE int64_t offset(const Array& array, int64_t i, int64_t j, int64_t k) {
+  return i * array.stride[0] + j * array.stride[1] + k * array.stride[2];
+}
+
+// ---- vectors: N values that move in one instruction (4, 8 or 16 bytes; several where they are more)
+
+template <class T, int N>
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector {
+  T lane[N];
+};
+
+// May `Vector<T, N>` be used along the last dimension of `array`, at multiples of N? Host side.
+template <class T, int N>
+bool vectors_fit(const Array& array) {
+  constexpr int64_t bytes = alignof(Vector<T, N>);
+  return array.dtype == DtypeOf<T>::value && array.stride[2] == 1 &&
+         reinterpret_cast<uintptr_t>(array.data) % bytes == 0 && array.stride[0] * int64_t(sizeof(T)) % bytes == 0 &&
+         array.stride[1] * int64_t(sizeof(T)) % bytes == 0;
+}
+
+// ---- functions on the special function unit (CUDA's, 2 ulp or so); of float64 the ordinary ones
+
+// x * sigmoid(x) = x / (1 + e^-x)
+template <class T>
+JT_DEVICE T silu(T x) {
+  if constexpr (std::is_same_v<T, float>)
+    return __fdividef(x, 1.0f + __expf(-x));
+  else
+    return x / (T(1) + ::exp(-x));
+}
+template <class T>
+JT_DEVICE T sigmoid(T x) {
+  if constexpr (std::is_same_v<T, float>)
+    return __fdividef(1.0f, 1.0f + __expf(-x));
+  else
+    return T(1) / (T(1) + ::exp(-x));
+}
+
+// ---- launches
+
+// kernel<<<blocks, threads, shared, stream>>>(arguments...), with the error, and the permission that more than 48 KB of
+// dynamic shared memory needs. An empty grid launches nothing.
+template <class... Parameters, class... Arguments>
+const char* launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, int64_t shared, const Device& device,
+                   const Arguments&... arguments) {
+  if (blocks.x == 0 || blocks.y == 0 || blocks.z == 0) return nullptr;
+  cudaError_t error = cudaSuccess;
+  if (shared > 48 * 1024) {
+    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 int(shared));
+  }
+  if (error == cudaSuccess) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = blocks, config.blockDim = threads, config.dynamicSmemBytes = size_t(shared);
+    config.stream = static_cast<cudaStream_t>(device.stream);
+    error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+  }
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // clear it: it is reported here
+  return cudaGetErrorString(error);
+}
+
+}  // namespace jambatalk::cuda

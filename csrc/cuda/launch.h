@@ -1,0 +1,117 @@
+// What stands between torch and the CUDA kernels: plain structs, and one launch function per kernel. No torch, no CUDA
+// headers: binding.cpp (compiled by the host's compiler) and the .cu files (compiled by nvcc, or as plain C++ by
+// tests/cuda_on_cpu) both include this page.
+//
+// Rules of a launch function:
+//   - It checks nothing about shapes: binding.cpp has. It reads no device memory on the host and never synchronises.
+//   - Outputs and workspaces come uninitialised; it writes every element of every output (also where `length`,
+//     `sequences` or an axis is such that nothing is computed: zeros) on `stream`, in a fixed order of operations.
+//   - Sizes may be zero: no launch with an empty grid.
+//   - It returns nullptr, or what went wrong, as text that lives forever (cudaGetErrorString).
+// A `*_workspace` function says how many bytes its launch function wants in `workspace` (16-byte aligned; 0: none).
+#pragma once
+
+#include <cstdint>
+
+namespace jambatalk::cuda {
+
+enum class Dtype : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// A strided array of up to three dimensions in device memory; absent where data is null. Strides are in elements, of
+// any sign and value, and right-aligned: stride[2] is the last dimension's, whatever their number. The dtype of each
+// array is its own; computation is in float32, in float64 when the first input (u, x) is.
+struct Array {
+  void* data;
+  Dtype dtype;
+  int64_t stride[3];
+};
+
+// Where it runs. Heuristics may use these two and the sizes of a call, nothing else: the same card gives the same bytes.
+struct Device {
+  int32_t multiprocessors;
+  int32_t capability;  // 80, 86, 89, 90, 100, 120
+  void* stream;        // cudaStream_t
+};
+
+// Packed calls (batch is 1) have bounds: `sequences + 1` int32 on the device, contiguous, already clamped into
+// 0 .. length and rising, so that sequence s is [bounds[s], bounds[s + 1]). Null otherwise: sequence s is batch entry s.
+// This makes them, from what the caller gave: bounds_i = max over j <= i of clamp(cu_seqlens_j, 0, length).
+struct BoundsCall {
+  const int32_t* cu_seqlens;
+  int64_t stride, sequences, length;
+  int32_t* bounds;
+  Device device;
+};
+const char* launch_bounds(const BoundsCall& call);
+
+// ---------------------------------------------------------------------------------------------------------------------
+// selective_scan.cu. u, delta, z, y and their gradients (batch, length, channels); B, C (batch, length, states);
+// A (channels, states); D, delta_bias (channels,); states (sequences, channels, states). y and every gradient are
+// contiguous. Absent: D, z, delta_bias, initial_state, and the gradients of those.
+
+struct ScanCall {  // what forward and backward share
+  int64_t batch, length, channels, states, sequences;
+  int64_t chunk, padded_channels;  // of chunk_states: (batch, ceil(length / chunk), states, padded_channels)
+  bool softplus;
+  Array u, delta, A, B, C, D, z, delta_bias, initial_state;
+  const int32_t* bounds;
+  void* chunk_states;  // the state at the start of every chunk, in the compute type; null where nobody wants it
+  void* workspace;
+  Device device;
+};
+
+struct ScanForward : ScanCall {
+  Array y, final_state;
+};
+int64_t scan_forward_workspace(const ScanForward& call);
+const char* launch_scan_forward(const ScanForward& call);
+
+struct ScanBackward : ScanCall {
+  Array grad_y, grad_final_state;  // either may be absent
+  Array du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state;
+};
+int64_t scan_backward_workspace(const ScanBackward& call);
+const char* launch_scan_backward(const ScanBackward& call);
+
+struct ScanStep {  // as above without length; `state` is changed in place, in its own dtype
+  int64_t batch, channels, states;
+  bool softplus;
+  Array state, u, delta, A, B, C, D, z, delta_bias, y;
+  Device device;
+};
+const char* launch_scan_step(const ScanStep& call);
+
+// ---------------------------------------------------------------------------------------------------------------------
+// causal_conv1d.cu. x, y and their gradients (batch, length, channels); weight (channels, width), width 1 to 16;
+// bias (channels,); states (sequences, width - 1, channels).
+
+struct ConvCall {
+  int64_t batch, length, channels, width, sequences;
+  bool silu;
+  Array x, weight, bias, initial_state;
+  const int32_t* bounds;
+  Device device;
+};
+
+struct ConvForward : ConvCall {
+  Array y, final_state;
+};
+const char* launch_conv_forward(const ConvForward& call);
+
+struct ConvBackward : ConvCall {
+  Array grad_y, grad_final_state;  // either may be absent
+  Array dx, dweight, dbias, dinitial_state;
+  void* workspace;
+};
+int64_t conv_backward_workspace(const ConvBackward& call);
+const char* launch_conv_backward(const ConvBackward& call);
+
+struct ConvStep {
+  int64_t batch, channels, width;
+  bool silu;
+  Array state, x, weight, bias, y;  // state is changed in place, in its own dtype
+  Device device;
+};
+const char* launch_conv_step(const ConvStep& call);
+
+}  // namespace jambatalk::cuda
