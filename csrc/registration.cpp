@@ -1,4 +1,4 @@
-// Every native op's schema, and the Python module that carries them.
+// The Python module that carries the native ops, and which functions they are (their schemas: schemas.h).
 //
 // The module is top-level and named apart from the packages, so that a clone's folder never shadows the installed
 // library. Importing it registers the ops with torch (torch.ops.jambatalk.*); the shape functions for torch.compile and
@@ -12,6 +12,10 @@
 
 #include "cpu/isa.h"
 #include "cpu/ops.h"
+#include "schemas.h"
+#if defined(JAMBATALK_CUDA_ARCHITECTURES)
+#include "cuda/ops.h"
+#endif
 
 // Raised with every change of a schema or of what an op means, here and in jambatalk_kernels/backends.py: a library
 // that was built from another version of the sources is then refused, not called.
@@ -21,29 +25,7 @@ namespace jambatalk {
 void empty_op(const Tensor&) {}
 }  // namespace jambatalk
 
-STABLE_TORCH_LIBRARY(jambatalk, m) {
-  m.def(
-      "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
-      "Tensor? initial_state, Tensor? cu_seqlens, bool delta_softplus, bool save_states) "
-      "-> (Tensor y, Tensor final_state, Tensor chunk_states)");
-  m.def(
-      "selective_scan_backward(Tensor? grad_y, Tensor? grad_final_state, Tensor u, Tensor delta, Tensor A, Tensor B, "
-      "Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? initial_state, Tensor? cu_seqlens, "
-      "Tensor chunk_states, bool delta_softplus) -> (Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, "
-      "Tensor dD, Tensor dz, Tensor ddelta_bias, Tensor dinitial_state)");
-  m.def(
-      "selective_scan_step(Tensor(a!) state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, "
-      "Tensor? z, Tensor? delta_bias, bool delta_softplus) -> Tensor");
-  m.def(
-      "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, bool silu) "
-      "-> (Tensor y, Tensor final_state)");
-  m.def(
-      "causal_conv1d_backward(Tensor? grad_y, Tensor? grad_final_state, Tensor x, Tensor weight, Tensor? bias, "
-      "Tensor? initial_state, Tensor? cu_seqlens, bool silu) "
-      "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)");
-  m.def("causal_conv1d_step(Tensor(a!) state, Tensor x, Tensor weight, Tensor? bias, bool silu) -> Tensor");
-  m.def("empty_op(Tensor x) -> ()");
-}
+STABLE_TORCH_LIBRARY(jambatalk, m) { jambatalk::define_ops(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(jambatalk, CPU, m) {
   m.impl("selective_scan", TORCH_BOX(&jambatalk::selective_scan));
@@ -54,6 +36,12 @@ STABLE_TORCH_LIBRARY_IMPL(jambatalk, CPU, m) {
   m.impl("causal_conv1d_step", TORCH_BOX(&jambatalk::causal_conv1d_step));
   m.impl("empty_op", TORCH_BOX(&jambatalk::empty_op));
 }
+
+#if defined(JAMBATALK_CUDA_ARCHITECTURES)
+STABLE_TORCH_LIBRARY_IMPL(jambatalk, CUDA, m) { jambatalk::cuda::implement_ops(m); }
+#else
+#define JAMBATALK_CUDA_ARCHITECTURES ""
+#endif
 
 namespace {
 
@@ -127,5 +115,7 @@ PyMODINIT_FUNC PyInit__jambatalk_native(void) {
   PyModule_AddStringConstant(result, "COMPILER", "GCC " __VERSION__);
 #endif
   PyModule_AddStringConstant(result, "BUILT_WITH_TORCH", JAMBATALK_BUILT_WITH_TORCH);
+  // As in TORCH_CUDA_ARCH_LIST: "8.0;9.0a;12.0+PTX". Empty in a library without CUDA.
+  PyModule_AddStringConstant(result, "CUDA_ARCHITECTURES", JAMBATALK_CUDA_ARCHITECTURES);
   return result;
 }

@@ -8,8 +8,8 @@
 //   - a warp function is called by lanes that its mask does not name, or with a mask that names lanes which have ended,
 //     do not exist, or wait for something else.
 // Shared memory is full of NaN when a block begins, so is what a shuffle gets from a lane outside of its mask, and an
-// asynchronous copy happens when it is waited for, not before. Dynamic shared memory is allocated to the byte: under
-// AddressSanitizer an access beyond it is found. What is not modelled: memory order within a warp beyond the two orders,
+// asynchronous copy happens when it is waited for, not before. Under AddressSanitizer an access beyond shared memory is
+// found too. What is not modelled: memory order within a warp beyond the two orders,
 // approximate functions (the exact ones run), occupancy, limits on registers.
 #pragma once
 
@@ -26,7 +26,6 @@
 #define __host__
 #define __constant__ static
 #define __forceinline__ inline
-#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
 #if defined(CUDA_ON_CPU_ASAN)
@@ -73,6 +72,17 @@ struct cudaLaunchConfig_t {
   void* attrs;
   unsigned numAttrs;
 };
+
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor
+};
+// A small card, so that small inputs are cut into pieces too: 4 multiprocessors of sm_89.
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 4 : attribute == cudaDevAttrComputeCapabilityMajor ? 8 : 9;
+  return cudaSuccess;
+}
 
 const char* cudaGetErrorString(cudaError_t error);
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }

@@ -1,0 +1,48 @@
+// The native CUDA ops, as registration.cpp binds them: the same functions as cpu/ops.h.
+#pragma once
+
+#include "cpu/ops.h"
+
+namespace jambatalk::cuda {
+
+std::tuple<Tensor, Tensor, Tensor> selective_scan(const Tensor& u, const Tensor& delta, const Tensor& A,
+                                                  const Tensor& B, const Tensor& C, const OptionalTensor& D,
+                                                  const OptionalTensor& z, const OptionalTensor& delta_bias,
+                                                  const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
+                                                  bool delta_softplus, bool save_states);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_scan_backward(
+    const OptionalTensor& grad_y, const OptionalTensor& grad_final_state, const Tensor& u, const Tensor& delta,
+    const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D, const OptionalTensor& z,
+    const OptionalTensor& delta_bias, const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
+    const Tensor& chunk_states, bool delta_softplus);
+
+Tensor selective_scan_step(const Tensor& state, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
+                           const Tensor& C, const OptionalTensor& D, const OptionalTensor& z,
+                           const OptionalTensor& delta_bias, bool delta_softplus);
+
+std::tuple<Tensor, Tensor> causal_conv1d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                         const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
+                                         bool silu);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(
+    const OptionalTensor& grad_y, const OptionalTensor& grad_final_state, const Tensor& x, const Tensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens, bool silu);
+
+Tensor causal_conv1d_step(const Tensor& state, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                          bool silu);
+
+void empty_op(const Tensor& x);
+
+template <class Library>
+void implement_ops(Library& m) {
+  m.impl("selective_scan", TORCH_BOX(&selective_scan));
+  m.impl("selective_scan_backward", TORCH_BOX(&selective_scan_backward));
+  m.impl("selective_scan_step", TORCH_BOX(&selective_scan_step));
+  m.impl("causal_conv1d", TORCH_BOX(&causal_conv1d));
+  m.impl("causal_conv1d_backward", TORCH_BOX(&causal_conv1d_backward));
+  m.impl("causal_conv1d_step", TORCH_BOX(&causal_conv1d_step));
+  m.impl("empty_op", TORCH_BOX(&empty_op));
+}
+
+}  // namespace jambatalk::cuda
