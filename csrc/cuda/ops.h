@@ -1,6 +1,8 @@
 // The native CUDA ops, as registration.cpp binds them: the same functions as cpu/ops.h.
 #pragma once
 
+#include <torch/csrc/stable/library.h>
+
 #include "cpu/ops.h"
 
 namespace jambatalk::cuda {
