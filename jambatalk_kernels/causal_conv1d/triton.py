@@ -1,0 +1,674 @@
+"""causal_conv1d on GPUs: Triton kernels and their launchers.
+
+    y_t = activation(bias + sum_k weight[:, k] x_{t - width + 1 + k})
+
+A program computes a tile of positions and channels. Each thread walks along a run of positions with its last inputs in
+registers, so an input is loaded once, plus the ``width - 1`` before its run, which the neighbouring run brings into
+the cache. With channels fastest in memory a thread owns a few neighbouring channels and loads a position at a time;
+with time fastest it owns one channel and loads a whole run in one wide access, split and joined in registers.
+
+Packed sequences: ``bounds`` are the cleaned boundaries; one small kernel finds for every position its sequence and how
+many positions of the sequence lie before it (-1: in no sequence). Its 8 bytes per position serve all channels.
+
+Every launch also has programs for the edges of the sequences: the final state, or the gradient of the initial state.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from jambatalk_kernels.causal_conv1d.heuristics import backward_tile, forward_tile, time_is_fastest
+
+__all__ = ["conv_backward", "conv_forward", "conv_step"]
+
+EDGE_CHANNELS = 128
+LOCATE_POSITIONS = 128
+STEP_CHANNELS = 128
+SUM_CHANNELS = 32
+SUM_TILES = 32
+
+
+@triton.jit
+def _cast(value, dtype: tl.constexpr):
+    """The interpreter converts bfloat16 from and to float32 only; for the compiler the detour is none."""
+    if value.dtype == tl.bfloat16 or dtype == tl.bfloat16:
+        value = value.to(tl.float32)
+    return value.to(dtype)
+
+
+@triton.jit
+def _load(at, inside, dtype: tl.constexpr, other=0):
+    return _cast(tl.load(at, mask=inside, other=other), dtype)
+
+
+@triton.jit
+def _store(at, value, inside):
+    tl.store(at, _cast(value, at.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _split(x, N: tl.constexpr):
+    """[a, b, N] -> N tensors [a, b]"""
+    if N == 1:
+        return (tl.reshape(x, [x.shape[0], x.shape[1]]),)
+    else:
+        even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], N // 2, 2]))
+        evens = _split(even, N // 2)
+        odds = _split(odd, N // 2)
+        parts = ()
+        for i in tl.static_range(N // 2):
+            parts = parts + (evens[i], odds[i])
+        return parts
+
+
+@triton.jit
+def _join(parts, N: tl.constexpr):
+    """N tensors [a, b] -> [a, b, N]"""
+    if N == 1:
+        return parts[0][:, :, None]
+    else:
+        evens = ()
+        odds = ()
+        for i in tl.static_range(N // 2):
+            evens = evens + (parts[2 * i],)
+            odds = odds + (parts[2 * i + 1],)
+        x = tl.join(_join(evens, N // 2), _join(odds, N // 2))
+        return tl.reshape(x, [x.shape[0], x.shape[1], N])
+
+
+@triton.jit
+def _sides(a, TIME_FASTEST: tl.constexpr):
+    """A vector over runs of positions as the tile's axis of positions."""
+    if TIME_FASTEST:
+        return a[None, :]
+    else:
+        return a[:, None]
+
+
+@triton.jit
+def _channels(a, TIME_FASTEST: tl.constexpr):
+    """A vector over channels as the tile's axis of channels."""
+    if TIME_FASTEST:
+        return a[:, None]
+    else:
+        return a[None, :]
+
+
+@triton.jit
+def _load_rows(
+    at, stride_t, t, length, valid, other, dtype: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr,
+    ROWS: tl.constexpr, TIME_FASTEST: tl.constexpr,
+):  # fmt: skip
+    """A tile for each of the positions t + FIRST .. t + FIRST + COUNT; ``other`` outside of [0, length).
+
+    at: the addresses of position 0. t: the first position of each run, a multiple of ROWS.
+    """
+    rows = ()
+    if TIME_FASTEST:
+        for group in tl.static_range(FIRST // ROWS, (FIRST + COUNT + ROWS - 1) // ROWS):
+            positions = (t + group * ROWS)[:, :, None] + tl.arange(0, ROWS)[None, None, :]
+            inside = (positions >= 0) & (positions < length) & valid[:, :, None]
+            parts = _split(_load(at[:, :, None] + positions * stride_t, inside, dtype, other), ROWS)
+            for i in tl.static_range(ROWS):
+                if (group * ROWS + i >= FIRST) and (group * ROWS + i < FIRST + COUNT):
+                    rows = rows + (parts[i],)
+    else:
+        for i in tl.static_range(FIRST, FIRST + COUNT):
+            inside = (t + i < length) & valid
+            if i < 0:
+                inside = inside & (t + i >= 0)
+            rows = rows + (_load(at + (t + i) * stride_t, inside, dtype, other),)
+    return rows
+
+
+@triton.jit
+def _store_rows(at, stride_t, t, length, valid, rows, ROWS: tl.constexpr, TIME_FASTEST: tl.constexpr):
+    """The tiles of positions t .. t + ROWS, where they lie before ``length``."""
+    if TIME_FASTEST:
+        positions = t[:, :, None] + tl.arange(0, ROWS)[None, None, :]
+        inside = (positions < length) & valid[:, :, None]
+        _store(at[:, :, None] + positions * stride_t, _join(rows, ROWS), inside)
+    else:
+        for i in tl.static_range(ROWS):
+            _store(at + (t + i) * stride_t, rows[i], (t + i < length) & valid)
+
+
+@triton.jit
+def _load_weight(
+    weight, c, channels, stride_c, stride_k, dtype: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    TIME_FASTEST: tl.constexpr,
+):  # fmt: skip
+    """Per tap, the weights of the tile's channels. Loaded as one block: a channel's taps are neighbours in memory."""
+    at = _channels(c, TIME_FASTEST)[:, :, None]
+    k = tl.arange(0, PADDED)[None, None, :]
+    block = _load(weight + at * stride_c + k * stride_k, (at < channels) & (k < WIDTH), dtype)
+    return _split(block, PADDED)
+
+
+@triton.jit
+def _fill_history(rows, state, stride_row, t, valid, dtype: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr):
+    """Rows of positions t - WIDTH + 1 on: those before position 0 (zero so far) from the initial state.
+
+    state: the addresses of its row 0.
+    """
+    filled = ()
+    for i in tl.static_range(COUNT):
+        row = rows[i]
+        if i < WIDTH - 1:
+            row += _load(state + (t + i) * stride_row, (t + i < WIDTH - 1) & valid, dtype)
+        filled = filled + (row,)
+    return filled
+
+
+@triton.jit
+def _taps(
+    rows, r: tl.constexpr, ahead, sequence, state, stride_sequence, stride_row, valid, dtype: tl.constexpr,
+    WIDTH: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """The WIDTH inputs of position r of each run, oldest first; packed, those of its own sequence and its state."""
+    taps = ()
+    for k in tl.static_range(WIDTH):
+        tap = rows[r + k]
+        if PACKED and k < WIDTH - 1:
+            tap = tl.where(ahead >= WIDTH - 1 - k, tap, 0.0)
+            if state is not None:
+                before = (ahead >= 0) & (ahead + k < WIDTH - 1) & valid
+                at = state + sequence.to(tl.int64) * stride_sequence + (ahead + k) * stride_row
+                tap += _load(at, before, dtype)
+        taps = taps + (tap,)
+    return taps
+
+
+@triton.jit
+def _dot(weight, taps, bias, WIDTH: tl.constexpr):
+    total = bias
+    for k in tl.static_range(WIDTH):
+        total += weight[k] * taps[k]
+    return total
+
+
+@triton.jit
+def _sequence(bounds, sequence, length):
+    """-> begin, end of a sequence (a batch entry's where nothing is packed)"""
+    if bounds is None:
+        begin = sequence * 0
+        end = begin + length
+    else:
+        begin = tl.load(bounds + sequence).to(tl.int64)
+        end = tl.load(bounds + sequence + 1).to(tl.int64)
+    return begin, end
+
+
+@triton.jit
+def _place(tile, length, channels, BLOCK_C: tl.constexpr, POSITIONS: tl.constexpr, TIME_FASTEST: tl.constexpr):
+    """Which tile a program has, neighbours in memory first. -> batch entry, block of positions, block of channels"""
+    blocks_t = tl.cdiv(length, POSITIONS)
+    blocks_c = tl.cdiv(channels, BLOCK_C)
+    if TIME_FASTEST:
+        block_t = tile % blocks_t
+        block_c = tile // blocks_t % blocks_c
+    else:
+        block_c = tile % blocks_c
+        block_t = tile // blocks_c % blocks_t
+    return (tile // (blocks_t * blocks_c)).to(tl.int64), block_t.to(tl.int64), block_c.to(tl.int64)
+
+
+@triton.jit
+def _locate_kernel(bounds, sequence_of, ahead_of, length, sequences, SEARCH_STEPS: tl.constexpr, BLOCK: tl.constexpr):
+    """Per packed position: its sequence, and how many of that sequence's positions lie before it; -1 in no sequence.
+
+    bounds (sequences + 1,) never falls and stays in [0, length]. Binary search for the number of sequences that end at
+    or before the position. Cost: 8 bytes written per position.
+    """
+    t = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    sequence = tl.zeros([BLOCK], tl.int32)
+    for i in tl.static_range(SEARCH_STEPS):
+        probe = sequence + (1 << (SEARCH_STEPS - 1 - i))
+        end = tl.load(bounds + probe, mask=probe <= sequences, other=0)
+        sequence = tl.where((probe <= sequences) & (end <= t), probe, sequence)
+    ahead = t - tl.load(bounds + sequence)
+    covered = (sequence < sequences) & (ahead >= 0)
+    tl.store(sequence_of + t, tl.where(covered, sequence, 0), mask=t < length)
+    tl.store(ahead_of + t, tl.where(covered, ahead, -1).to(tl.int32), mask=t < length)
+
+
+@triton.jit
+def _forward_kernel(
+    x, weight, bias, initial_state, bounds, sequence_of, ahead_of, y, final_state,
+    edges, length, channels,
+    x_batch, x_t, x_c, weight_c, weight_k, bias_c, state_sequence, state_row, state_c, y_batch, y_t, y_c,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, SILU: tl.constexpr, dtype: tl.constexpr, BLOCK_C: tl.constexpr,
+    GROUPS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, TIME_FASTEST: tl.constexpr, EDGE_C: tl.constexpr,
+):  # fmt: skip
+    """y and the final state.
+
+    The first ``edges`` programs each write the final state of one sequence and EDGE_C channels; the others a tile of y.
+    Cost: x is read and y is written once; width multiply-adds, and an exponential and a division for silu.
+    """
+    program = tl.program_id(0)
+    HISTORY: tl.constexpr = WIDTH - 1
+    PACKED: tl.constexpr = bounds is not None
+    if program < edges:
+        edge_blocks = tl.cdiv(channels, EDGE_C)
+        sequence = (program // edge_blocks).to(tl.int64)
+        c = (program % edge_blocks).to(tl.int64) * EDGE_C + tl.arange(0, EDGE_C)
+        valid = c < channels
+        begin, end = _sequence(bounds, sequence, length)
+        x_edge = x + c * x_c
+        if not PACKED:
+            x_edge += sequence * x_batch
+        for row in tl.static_range(HISTORY):
+            t = end - HISTORY + row + 0 * c  # a vector: the interpreter does not combine a mask with a scalar
+            value = _load(x_edge + t * x_t, valid & (t >= begin), dtype)
+            if initial_state is not None:
+                at = initial_state + sequence * state_sequence + (t - begin + HISTORY) * state_row + c * state_c
+                value += _load(at, valid & (t < begin), dtype)
+            tl.store(final_state + (sequence * HISTORY + row) * channels + c, value, mask=valid)
+    else:
+        POSITIONS: tl.constexpr = GROUPS * ROWS * STEPS
+        batch, block_t, block_c = _place(program - edges, length, channels, BLOCK_C, POSITIONS, TIME_FASTEST)
+        c_flat = block_c * BLOCK_C + tl.arange(0, BLOCK_C)
+        c = _channels(c_flat, TIME_FASTEST)
+        valid = c < channels
+        w = _load_weight(weight, c_flat, channels, weight_c, weight_k, dtype, WIDTH, PADDED, TIME_FASTEST)
+        b = tl.zeros_like(w[0])
+        if bias is not None:
+            b = _load(bias + c * bias_c, valid, dtype)
+        state = None
+        if initial_state is not None:
+            state = initial_state + c * state_c
+            if not PACKED:
+                state += batch * state_sequence
+        for step in range(STEPS):
+            t = block_t * POSITIONS + step * (GROUPS * ROWS) + tl.arange(0, GROUPS) * ROWS
+            t = _sides(t, TIME_FASTEST)
+            rows = _load_rows(
+                x + batch * x_batch + c * x_c, x_t, t, length, valid, 0, dtype, -HISTORY, ROWS + HISTORY, ROWS,
+                TIME_FASTEST,
+            )  # fmt: skip
+            if PACKED:
+                everywhere = t >= 0
+                ahead = _load_rows(
+                    ahead_of + 0 * t, 1, t, length, everywhere, -1, tl.int32, 0, ROWS, ROWS, TIME_FASTEST
+                )
+                sequence = _load_rows(
+                    sequence_of + 0 * t, 1, t, length, everywhere, 0, tl.int32, 0, ROWS, ROWS, TIME_FASTEST
+                )
+            elif initial_state is not None:
+                rows = _fill_history(rows, state, state_row, t, valid, dtype, WIDTH, ROWS + HISTORY)
+            outputs = ()
+            for r in tl.static_range(ROWS):
+                if PACKED:
+                    taps = _taps(
+                        rows, r, ahead[r], sequence[r], state, state_sequence, state_row, valid, dtype, WIDTH, True
+                    )
+                else:
+                    taps = _taps(rows, r, None, None, None, 0, 0, valid, dtype, WIDTH, False)
+                total = _dot(w, taps, b, WIDTH)
+                if SILU:
+                    total = total / (1.0 + tl.exp(-total))
+                if PACKED:
+                    total = tl.where(ahead[r] >= 0, total, 0.0)
+                outputs = outputs + (total,)
+            _store_rows(y + batch * y_batch + c * y_c, y_t, t, length, valid, outputs, ROWS, TIME_FASTEST)
+
+
+@triton.jit
+def _slope(total, SILU: tl.constexpr):
+    """The derivative of the activation at the sum before it."""
+    if SILU:
+        gate = 1.0 / (1.0 + tl.exp(-total))
+        return gate * (1.0 + total * (1.0 - gate))
+    else:
+        return 1.0
+
+
+@triton.jit
+def _backward_kernel(
+    grad_y, grad_final_state, x, weight, bias, initial_state, bounds, sequence_of, ahead_of,
+    dx, partial, dinitial_state, edges, length, channels,
+    g_batch, g_t, g_c, gf_sequence, gf_row, gf_c, x_batch, x_t, x_c, weight_c, weight_k, bias_c,
+    state_sequence, state_row, state_c, dx_batch, dx_t, dx_c,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, SILU: tl.constexpr, dtype: tl.constexpr, BLOCK_C: tl.constexpr,
+    GROUPS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, TIME_FASTEST: tl.constexpr, EDGE_C: tl.constexpr,
+):  # fmt: skip
+    """dx, the tiles' sums for dweight and dbias, and the gradient of the initial state.
+
+        dpre_t = grad_y_t activation'(pre_t), pre_t computed again;  dx_p = sum_d weight[:, width - 1 - d] dpre_{p + d}
+        dweight[:, k] = sum_t dpre_t x_{t - width + 1 + k};  dbias = sum_t dpre_t
+
+    and grad_final_state is added to the inputs that it came from. A run computes dpre for the ``width - 1`` positions
+    after it as well, rather than wait for its neighbour's. partial (tiles, width + 1, channels): a tile's sums over its
+    positions, dbias last; :func:`_sum_kernel` adds them up.
+
+    The first ``edges`` programs each write dinitial_state of one sequence and EDGE_C channels.
+    Cost: x and grad_y are read and dx is written once; 3 width multiply-adds, an exponential and a division.
+    """
+    program = tl.program_id(0)
+    HISTORY: tl.constexpr = WIDTH - 1
+    PACKED: tl.constexpr = bounds is not None
+    if program < edges:
+        edge_blocks = tl.cdiv(channels, EDGE_C)
+        sequence = (program // edge_blocks).to(tl.int64)
+        c_flat = (program % edge_blocks).to(tl.int64) * EDGE_C + tl.arange(0, EDGE_C)
+        c = c_flat[None, :]
+        valid = c < channels
+        begin, end = _sequence(bounds, sequence, length)
+        batch = sequence
+        if PACKED:
+            batch = sequence * 0
+        w = _load_weight(weight, c_flat, channels, weight_c, weight_k, dtype, WIDTH, PADDED, False)
+        b = tl.zeros_like(w[0])
+        if bias is not None:
+            b = _load(bias + c * bias_c, valid, dtype)
+        inputs = ()  # the initial state, then the sequence's first HISTORY inputs
+        for row in tl.static_range(HISTORY):
+            at = initial_state + sequence * state_sequence + row * state_row + c * state_c
+            inputs = inputs + (_load(at, valid, dtype),)
+        for i in tl.static_range(HISTORY):
+            t = begin + i + 0 * c
+            inputs = inputs + (_load(x + batch * x_batch + t * x_t + c * x_c, valid & (t < end), dtype),)
+        dpre = ()
+        for i in tl.static_range(HISTORY):
+            t = begin + i + 0 * c
+            grad = tl.zeros_like(b)
+            if grad_y is not None:
+                at = grad_y + batch * g_batch + t * g_t + c * g_c
+                grad = _load(at, valid & (t < end), dtype)
+            taps = _taps(inputs, i, None, None, None, 0, 0, valid, dtype, WIDTH, False)
+            dpre = dpre + (grad * _slope(_dot(w, taps, b, WIDTH), SILU),)
+        for row in tl.static_range(HISTORY):  # position row - HISTORY: it reaches the outputs 0 .. row
+            grad = tl.zeros_like(b)
+            for i in tl.static_range(row + 1):
+                grad += w[row - i] * dpre[i]
+            if grad_final_state is not None:
+                final_row = row - (end - begin) + 0 * c
+                at = grad_final_state + sequence * gf_sequence + final_row * gf_row + c * gf_c
+                grad += _load(at, valid & (final_row >= 0), dtype)
+            at = dinitial_state + (sequence * HISTORY + row) * channels + c
+            _store(at, grad, valid)
+    else:
+        tile = program - edges
+        POSITIONS: tl.constexpr = GROUPS * ROWS * STEPS
+        AXIS: tl.constexpr = 1 if TIME_FASTEST else 0
+        EXTENDED: tl.constexpr = ROWS + HISTORY  # a run and what its inputs reach after it
+        batch, block_t, block_c = _place(tile, length, channels, BLOCK_C, POSITIONS, TIME_FASTEST)
+        c_flat = block_c * BLOCK_C + tl.arange(0, BLOCK_C)
+        c = _channels(c_flat, TIME_FASTEST)
+        valid = c < channels
+        w = _load_weight(weight, c_flat, channels, weight_c, weight_k, dtype, WIDTH, PADDED, TIME_FASTEST)
+        b = tl.zeros_like(w[0])
+        if bias is not None:
+            b = _load(bias + c * bias_c, valid, dtype)
+        state = None
+        if initial_state is not None:
+            state = initial_state + c * state_c
+            if not PACKED:
+                state += batch * state_sequence
+        sums = ()
+        for _ in tl.static_range(WIDTH + 1):
+            sums = sums + (tl.zeros([BLOCK_C, GROUPS] if TIME_FASTEST else [GROUPS, BLOCK_C], dtype),)
+        for step in range(STEPS):
+            t = block_t * POSITIONS + step * (GROUPS * ROWS) + tl.arange(0, GROUPS) * ROWS
+            t = _sides(t, TIME_FASTEST)
+            rows = _load_rows(
+                x + batch * x_batch + c * x_c, x_t, t, length, valid, 0, dtype, -HISTORY, EXTENDED + HISTORY, ROWS,
+                TIME_FASTEST,
+            )  # fmt: skip
+            if grad_y is not None:
+                grads = _load_rows(
+                    grad_y + batch * g_batch + c * g_c,
+                    g_t,
+                    t,
+                    length,
+                    valid,
+                    0.0,
+                    dtype,
+                    0,
+                    EXTENDED,
+                    ROWS,
+                    TIME_FASTEST,
+                )
+            if PACKED:
+                everywhere = t >= 0
+                ahead = _load_rows(
+                    ahead_of + 0 * t, 1, t, length, everywhere, -1, tl.int32, 0, EXTENDED, ROWS, TIME_FASTEST
+                )
+                sequence = _load_rows(
+                    sequence_of + 0 * t, 1, t, length, everywhere, 0, tl.int32, 0, EXTENDED, ROWS, TIME_FASTEST
+                )
+            elif initial_state is not None:
+                rows = _fill_history(rows, state, state_row, t, valid, dtype, WIDTH, EXTENDED + HISTORY)
+            dpre = ()
+            for r in tl.static_range(EXTENDED):
+                grad = tl.zeros_like(sums[0])
+                if grad_y is not None:
+                    if PACKED:
+                        taps = _taps(
+                            rows, r, ahead[r], sequence[r], state, state_sequence, state_row, valid, dtype, WIDTH, True
+                        )
+                    else:
+                        taps = _taps(rows, r, None, None, None, 0, 0, valid, dtype, WIDTH, False)
+                    grad = grads[r] * _slope(_dot(w, taps, b, WIDTH), SILU)
+                    if PACKED:
+                        grad = tl.where(ahead[r] >= 0, grad, 0.0)
+                    if r < ROWS:
+                        added = ()
+                        for k in tl.static_range(WIDTH):
+                            added = added + (sums[k] + grad * taps[k],)
+                        sums = added + (sums[WIDTH] + grad,)
+                dpre = dpre + (grad,)
+            outputs = ()
+            for r in tl.static_range(ROWS):
+                total = w[HISTORY] * dpre[r]
+                for d in tl.static_range(1, WIDTH):
+                    if PACKED:  # only within one sequence
+                        total += w[HISTORY - d] * tl.where(ahead[r + d] >= d, dpre[r + d], 0.0)
+                    else:
+                        total += w[HISTORY - d] * dpre[r + d]
+                if grad_final_state is not None:
+                    # The final state holds the sequence's last inputs.
+                    if PACKED:
+                        of = sequence[r].to(tl.int64)
+                        inside = valid & (ahead[r] >= 0)
+                        final_row = t + r - tl.load(bounds + of + 1) + HISTORY
+                        at = grad_final_state + of * gf_sequence + final_row * gf_row + c * gf_c
+                    else:
+                        inside = valid & (t + r < length)
+                        final_row = t + r - length + HISTORY
+                        at = grad_final_state + batch * gf_sequence + final_row * gf_row + c * gf_c
+                    total += _load(at, inside & (final_row >= 0), dtype)
+                outputs = outputs + (total,)
+            _store_rows(dx + batch * dx_batch + c * dx_c, dx_t, t, length, valid, outputs, ROWS, TIME_FASTEST)
+        tile_of_time = batch * tl.cdiv(length, POSITIONS) + block_t
+        for k in tl.static_range(WIDTH + 1):
+            at = partial + (tile_of_time * (WIDTH + 1) + k) * channels + c_flat
+            tl.store(at, tl.sum(sums[k], axis=AXIS), mask=c_flat < channels)
+
+
+@triton.jit
+def _sum_kernel(
+    partial, dweight, dbias, tiles, channels,
+    WIDTH: tl.constexpr, BLOCK_TILES: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The tiles' partial sums (tiles, WIDTH + 1, channels), added in a fixed order -> one tap of dweight, or dbias."""
+    c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    k = tl.program_id(1)
+    dtype: tl.constexpr = partial.dtype.element_ty
+    total = tl.zeros([BLOCK_TILES, BLOCK_C], dtype)
+    tile = tl.arange(0, BLOCK_TILES)[:, None].to(tl.int64)
+    first = 0
+    while first < tiles:  # not a for: the interpreter of Triton 3.6 cannot count to a value given at run time
+        at = partial + ((first + tile) * (WIDTH + 1) + k) * channels + c
+        total += tl.load(at, mask=(first + tile < tiles) & (c < channels), other=0.0)
+        first += BLOCK_TILES
+    total = tl.sum(total, axis=0)[None, :]
+    if k < WIDTH:
+        _store(dweight + c * WIDTH + k, total, c < channels)
+    elif dbias is not None:
+        _store(dbias + c, total, c < channels)
+
+
+@triton.jit
+def _step_kernel(
+    state, x, weight, bias, y, channels,
+    state_batch, state_row, state_c, x_batch, x_c, weight_c, weight_k, bias_c,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, SILU: tl.constexpr, dtype: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One position of one batch entry and BLOCK_C channels; the state drops its oldest row and gains x, in place.
+
+    Cost: the state is read and written once; at these sizes the launch is the limit.
+    """
+    blocks_c = tl.cdiv(channels, BLOCK_C)
+    batch = (tl.program_id(0) // blocks_c).to(tl.int64)
+    c_flat = (tl.program_id(0) % blocks_c).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = c_flat[None, :]
+    valid = c < channels
+    w = _load_weight(weight, c_flat, channels, weight_c, weight_k, dtype, WIDTH, PADDED, False)
+    at = state + batch * state_batch + c * state_c
+    rows = ()
+    for row in tl.static_range(WIDTH - 1):
+        rows = rows + (_load(at + row * state_row, valid, dtype),)
+    rows = rows + (_load(x + batch * x_batch + c * x_c, valid, dtype),)
+    total = tl.zeros_like(rows[0])
+    if bias is not None:
+        total += _load(bias + c * bias_c, valid, dtype)
+    total = _dot(w, rows, total, WIDTH)
+    if SILU:
+        total = total / (1.0 + tl.exp(-total))
+    _store(y + batch * channels + c, total, valid)
+    tl.debug_barrier()  # every row is read before one is overwritten, whichever threads hold them
+    for row in tl.static_range(WIDTH - 1):
+        _store(at + row * state_row, rows[row + 1], valid)
+
+
+@lru_cache(maxsize=64)
+def _multiprocessors(device: torch.device) -> int:
+    """One for the interpreter: there the fewest programs are the fastest."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _compute_dtype(x: Tensor) -> tuple[torch.dtype, tl.dtype]:
+    return (torch.float64, tl.float64) if x.dtype == torch.float64 else (torch.float32, tl.float32)
+
+
+def _strides(tensor: Tensor | None, dimensions: int) -> tuple[int, ...]:
+    return (0,) * dimensions if tensor is None else tensor.stride()
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _locate(cu_seqlens: Tensor | None, length: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """-> the boundaries, cleaned as the reference does; per position its sequence and its place there. No host read."""
+    if cu_seqlens is None:
+        return None, None, None
+    bounds = cu_seqlens.clamp(0, min(length, 2**31 - 1)).cummax(0).values
+    sequence_of = cu_seqlens.new_empty((length,))
+    ahead_of = cu_seqlens.new_empty((length,))
+    if length:
+        sequences = cu_seqlens.shape[0] - 1
+        _locate_kernel[(-(-length // LOCATE_POSITIONS),)](
+            bounds, sequence_of, ahead_of, length, sequences, sequences.bit_length(), LOCATE_POSITIONS,
+            num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return bounds, sequence_of, ahead_of
+
+
+def conv_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    """-> y (batch, length, channels) like x, memory order included; final state (sequences, width - 1, channels)"""
+    batch, length, channels = x.shape
+    width = weight.shape[1]
+    dtype, compute = _compute_dtype(x)
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    y = torch.empty_like(x)
+    final_state = x.new_empty((sequences, width - 1, channels), dtype=dtype)
+    x_strides = x.stride()
+    tile = forward_tile(
+        batch, length, channels, width, x.element_size(), time_is_fastest(*x_strides[1:]), _multiprocessors(x.device)
+    )
+    edges = sequences * -(-channels // EDGE_CHANNELS) if width > 1 else 0
+    programs = edges + batch * -(-length // tile.positions) * -(-channels // tile.block_c)
+    if programs:
+        bounds, sequence_of, ahead_of = _locate(cu_seqlens, length)
+        _forward_kernel[(programs,)](
+            x, weight, bias, initial_state, bounds, sequence_of, ahead_of, y, final_state, edges, length, channels,
+            *x_strides, *weight.stride(), *_strides(bias, 1), *_strides(initial_state, 3), *y.stride(),
+            width, _power_of_two(width), silu, compute, tile.block_c, tile.groups, tile.rows, tile.steps,
+            tile.time_fastest, EDGE_CHANNELS, num_warps=tile.warps, enable_fp_fusion=True,
+        )  # fmt: skip
+    return y, final_state
+
+
+def conv_backward(
+    grad_y: Tensor | None,
+    grad_final_state: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> dx (in x's memory order), dweight, dbias, dinitial_state; (0,) for an absent input"""
+    batch, length, channels = x.shape
+    width = weight.shape[1]
+    dtype, compute = _compute_dtype(x)
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dx = torch.empty_like(x)
+    dweight = weight.new_empty((channels, width))
+    dbias = x.new_empty((0,)) if bias is None else bias.new_empty((channels,))
+    dinitial_state = x.new_empty((0,)) if initial_state is None else initial_state.new_empty(initial_state.shape)
+    if channels == 0:
+        return dx, dweight, dbias, dinitial_state
+    x_strides = x.stride()
+    tile = backward_tile(
+        batch, length, channels, width, x.element_size(), time_is_fastest(*x_strides[1:]), _multiprocessors(x.device)
+    )
+    tiles = batch * -(-length // tile.positions)
+    partial = x.new_empty((tiles, width + 1, channels), dtype=dtype)
+    edges = 0 if initial_state is None or width == 1 else sequences * -(-channels // EDGE_CHANNELS)
+    programs = edges + tiles * -(-channels // tile.block_c)
+    if programs:
+        bounds, sequence_of, ahead_of = _locate(cu_seqlens, length)
+        _backward_kernel[(programs,)](
+            grad_y, grad_final_state, x, weight, bias, initial_state, bounds, sequence_of, ahead_of, dx, partial,
+            dinitial_state, edges, length, channels,
+            *_strides(grad_y, 3), *_strides(grad_final_state, 3), *x_strides, *weight.stride(), *_strides(bias, 1),
+            *_strides(initial_state, 3), *dx.stride(),
+            width, _power_of_two(width), silu, compute, tile.block_c, tile.groups, tile.rows, tile.steps,
+            tile.time_fastest, EDGE_CHANNELS, num_warps=tile.warps, enable_fp_fusion=True,
+        )  # fmt: skip
+    _sum_kernel[(-(-channels // SUM_CHANNELS), width + 1)](
+        partial, dweight, None if bias is None else dbias, tiles, channels, width, SUM_TILES, SUM_CHANNELS,
+        num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return dx, dweight, dbias, dinitial_state
+
+
+def conv_step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    """-> y (batch, channels); ``state`` (batch, width - 1, channels) is changed in place"""
+    batch, channels = x.shape
+    width = weight.shape[1]
+    y = x.new_empty((batch, channels))
+    programs = batch * -(-channels // STEP_CHANNELS)
+    if programs:
+        _step_kernel[(programs,)](
+            state, x, weight, bias, y, channels,
+            *state.stride(), *x.stride(), *weight.stride(), *_strides(bias, 1),
+            width, _power_of_two(width), silu, _compute_dtype(x)[1], STEP_CHANNELS, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return y
