@@ -186,7 +186,7 @@ def mamba_inner_fn(
 
     Differs: ``checkpoint_lvl`` is checked and has no effect. The original recomputes conv and delta_proj in backward at
     level 1; here u and delta are kept (two tensors like x) and nothing runs twice. Autocast rules the three projections
-    as it does ``F.linear``; a bias is cast to its weight's dtype.
+    as it does ``F.linear``; without it their weights have xz's dtype. out_proj_bias is cast to its weight's dtype.
     """
     op = "mamba_inner_fn"
     check_tensor(op, "xz", xz, ("batch", "2 * dim", "length"), (None, None, None), None)
@@ -210,6 +210,13 @@ def mamba_inner_fn(
         op, "states", states, device, B_proj_bias=B_proj_bias, C_proj_bias=C_proj_bias, b_rms_weight=b_rms_weight,
         c_rms_weight=c_rms_weight,
     )  # fmt: skip
+    if not torch.is_autocast_enabled(device.type):
+        for name, weight in (
+            ("x_proj_weight", x_proj_weight), ("delta_proj_weight", delta_proj_weight),
+            ("out_proj_weight", out_proj_weight),
+        ):  # fmt: skip
+            if weight.dtype != xz.dtype:
+                raise TypeError(f"{op}: {name}: expected the dtype of xz, {xz.dtype}, got {weight.dtype}")
     if checkpoint_lvl not in (0, 1):
         raise ValueError(f"{op}: checkpoint_lvl: expected 0 or 1, got {checkpoint_lvl!r}")
 

@@ -397,6 +397,15 @@ def test_inner_in_half_precision_takes_float32_parameters():
     assert rms_ratio(y, inner(**{k: v.double() for k, v in low.items()})) < 2e-2
 
 
+def test_inner_under_autocast():
+    named = {k: v.float() for k, v in inner_inputs(length=20).items()}
+    named["xz"] = named["xz"].bfloat16()  # as in_proj gives it there
+    with torch.autocast("cpu", torch.bfloat16):
+        y = mamba_inner_fn(**named)
+    assert y.dtype == torch.bfloat16
+    assert rms_ratio(y, inner(**{k: v.double() for k, v in named.items()})) < 2e-2
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [
@@ -412,6 +421,11 @@ def test_inner_in_half_precision_takes_float32_parameters():
         ({"B": torch.zeros(2, 7, 4)}, ValueError, "B: .*states=4, length=7"),
         ({"B": torch.zeros(6, 4), "b_rms_weight": torch.zeros(4)}, ValueError, "b_rms_weight: a constant B"),
         ({"checkpoint_lvl": 2}, ValueError, "checkpoint_lvl: expected 0 or 1, got 2"),
+        (
+            {"out_proj_weight": torch.zeros(5, 6).half()},
+            TypeError,
+            "out_proj_weight: expected the dtype of xz.*float16",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
@@ -791,6 +805,26 @@ def test_use_backend_works_around_a_call():
     with use_backend("cpu"), Allocations(1) as seen:
         selective_scan_fn(**named)
     assert "jambatalk::selective_scan" in seen.ran
+
+
+@pytest.mark.parametrize("name", ["scan", "inner", "state update", "conv", "conv update"])
+def test_compiles_without_a_graph_break(name):
+    slots = torch.tensor([1, -1])
+    state, conv_state = normal(2, 4, 5, 4), normal(2, 5, 4)
+    row = {k: v for k, v in step_inputs(batch=2, heads=4, groups=2).items() if k != "state"}
+    call, named = {
+        "scan": (selective_scan_fn, scan_inputs(form_B="2 groups", form_C="constant")),
+        "inner": (mamba_inner_fn, inner_inputs()),
+        "state update": (lambda **v: selective_state_update(state.clone(), **v, state_batch_indices=slots), row),
+        "conv": (causal_conv1d_fn, {"x": normal(2, 5, 9), "weight": normal(5, 4), "initial_states": normal(2, 5, 3)}),
+        "conv update": (
+            lambda **v: causal_conv1d_update(conv_state=conv_state.clone(), **v, conv_state_indices=slots),
+            {"x": normal(2, 5), "weight": normal(5, 4)},
+        ),
+    }[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**named), call(**named), rtol=0, atol=0)
 
 
 # ---- install --------------------------------------------------------------------------------------------------------
