@@ -1,0 +1,84 @@
+"""How the Triton scan is laid out over a card: pure functions of sizes, so that tests need no card."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+__all__ = ["CHUNK", "Layout", "chunk_length", "forward_layout", "step_layout"]
+
+LANES = 32  # of a warp
+CHUNK = 64
+# A card hides latency well with this many warps on each multiprocessor, which has four schedulers.
+ENOUGH_WARPS = 8
+FEWEST_WARPS = 4
+
+
+class Layout(NamedTuple):
+    """Who computes what. A warp has ``lanes_c`` channels x ``lanes_n`` groups of ``states_per_lane`` states."""
+
+    states_per_lane: int
+    channels_per_lane: int
+    warps: int
+    lanes_c: int
+    lanes_n: int
+    steps: int  # positions in a tile: read at once, walked without a branch
+    splits: int  # stretches of time that run side by side
+
+    @property
+    def channels(self) -> int:
+        """Channels of one program."""
+        return self.channels_per_lane * self.warps * self.lanes_c
+
+
+def chunk_length(states: int) -> int:
+    """Positions between two saved states: saves 4 * states / chunk bytes per input element, 4 at most."""
+    return max(CHUNK, _power_of_two(states))
+
+
+def forward_layout(sequences: int, length: int, channels: int, states: int, multiprocessors: int) -> Layout:
+    """Where there is much to do, two channels per lane, which share the reading of B and C. Where there is little,
+    more lanes per channel first, since they cost little; then splits of time, which compute every decay twice.
+
+    ``length``: of the longest sequence that there can be.
+    """
+    padded = max(4, _power_of_two(states))
+    lanes_n = max(4, min(LANES, padded // 4))
+    enough = ENOUGH_WARPS * multiprocessors
+
+    def warps_in_all(channels_per_lane: int = 1) -> int:
+        return sequences * -(-channels * lanes_n // (LANES * channels_per_lane))
+
+    if warps_in_all() >= enough:
+        # Four channels take 128 registers and no longer fit; with 8 states per lane two would not.
+        two = padded // lanes_n <= 4 and warps_in_all(2) >= enough
+        return _layout(padded, 2 if two else 1, lanes_n, channels, warps=4)
+    while lanes_n < min(LANES, padded) and warps_in_all() < enough:
+        lanes_n *= 2
+    splits = 1
+    if warps_in_all() * 2 <= FEWEST_WARPS * multiprocessors:
+        chunks = -(-length // chunk_length(states))
+        # Below four chunks each, the two extra launches cost more than the walk that they save.
+        splits = max(1, min(chunks // 4, -(-FEWEST_WARPS * multiprocessors // max(1, warps_in_all()))))
+    return _layout(padded, 1, lanes_n, channels, warps=1, splits=splits)
+
+
+@functools.cache
+def step_layout(batch: int, channels: int, states: int) -> Layout:
+    """One position: as many lanes per channel as let a lane read 16 bytes of a float32 state."""
+    padded = max(4, _power_of_two(states))
+    return _layout(padded, 1, max(4, min(LANES, padded // 4)), channels, warps=4 if batch * channels >= 16384 else 1)
+
+
+def _layout(padded: int, per_lane: int, lanes_n: int, channels: int, warps: int, splits: int = 1) -> Layout:
+    states_per_lane = padded // lanes_n
+    lanes_c = LANES // lanes_n
+    # Rows of B and C for the whole tile are held in registers: steps * states_per_lane of each.
+    steps = min(lanes_n, max(2, 16 // states_per_lane))
+    while warps > 1 and (warps // 2) * lanes_c * per_lane >= channels:
+        warps //= 2
+    return Layout(states_per_lane, per_lane, warps, lanes_c, lanes_n, steps, splits)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
