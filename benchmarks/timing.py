@@ -1,64 +1,105 @@
-"""How the benchmarks time, and how they write their results."""
+"""How the benchmarks time: competitors in turns, inputs in rotation, the best of many rounds.
+
+In turns, so that a ratio of two compares like with like on a machine that changes; in rotation, so that no input is
+still in a cache from the call before; the best, since on a shared machine the others measure the neighbours.
+"""
 
 from __future__ import annotations
 
-import json
-import platform
+import itertools
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from jambatalk_kernels import doctor
+CUDA_CAP = 24 * 2**30  # bytes of a card's memory that the suite may allocate: what a consumer card has
 
-RESULTS = Path(__file__).parent / "results"
+Inputs = dict[str, torch.Tensor]
+Call = Callable[[Inputs], object]
 
 
-def best_seconds(call: Callable[[], object], seconds: float = 0.5, least: int = 7) -> float:
-    """The fastest of many calls: on a shared machine the others measure the neighbours."""
-    call()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < least or time.perf_counter() < end:
+def cpu_cache_bytes() -> int:
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]])
+    return max(sizes, default=32 << 20)
+
+
+def rotation(make: Callable[[int], Inputs], device: str = "cpu", most: int = 48) -> list[Inputs]:
+    """As many inputs as it takes to exceed the last cache twice, ``make(0)``, ``make(1)`` and so on."""
+    cache = cpu_cache_bytes() if device == "cpu" else torch.cuda.get_device_properties(device).L2_cache_size
+    first = make(0)
+    size = sum(t.numel() * t.element_size() for t in first.values() if isinstance(t, torch.Tensor))
+    count = min(most, max(2, math.ceil(2 * cache / max(1, size))))
+    return [first, *(make(seed) for seed in range(1, count))]
+
+
+class CpuContestant:
+    """One call per round, or ``calls`` of them where one is too short to time."""
+
+    def __init__(self, call: Call, inputs: Sequence[Inputs], calls: int = 1, threads: int = 1) -> None:
+        self.call, self.calls, self.threads, self.turn = call, calls, threads, itertools.cycle(inputs)
+        self.best = math.inf
+        call(inputs[0])
+
+    def run(self) -> None:
+        call, inputs = self.call, next(self.turn)
+        if torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)
+        if self.threads > 1:
+            call(next(self.turn))  # threads that slept through the others' turns wake up
         start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
+        for _ in range(self.calls):
+            call(inputs)
+        self.best = min(self.best, (time.perf_counter() - start) / self.calls)
 
 
-def interleaved_seconds(calls: dict[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
-    """The fastest of ``rounds`` calls of each, taken in turns, so that a ratio of two compares like with like."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return {name: min(values) for name, values in times.items()}
+class CudaContestant:
+    """One replay per round of a CUDA graph that calls every input once and keeps every output.
+
+    Kept outputs lie in memory of their own, so that writes too reach memory instead of a cache.
+    """
+
+    def __init__(self, call: Call, inputs: Sequence[Inputs]) -> None:
+        self.calls = len(inputs)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                call(inputs[0])
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = [call(each) for each in inputs]
+        self.best = math.inf
+        self.run()  # the first replay uploads the graph
+        self.best = math.inf
+
+    def run(self) -> None:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        self.graph.replay()
+        end.record()
+        end.synchronize()
+        self.best = min(self.best, start.elapsed_time(end) / 1e3 / self.calls)
+
+
+def copy_bandwidth(megabytes: int = 1024) -> float:
+    """Bytes per second, read and written, of a copy on the card: the ceiling of what is bound by its memory."""
+    x = torch.empty(megabytes << 20, dtype=torch.uint8, device="cuda").random_()
+    contestant = CudaContestant(lambda inputs: inputs["x"].clone(), [{"x": x}])
+    for _ in range(20):
+        contestant.run()
+    return 2 * x.numel() / contestant.best
 
 
 def peak_matmul_flops() -> float:
-    """What one large float32 product reaches here and now, in flop per second: the ceiling beside a figure."""
+    """What one large float32 product reaches here and now on one thread, in flop per second."""
     a = torch.randn(512, 512)
-    return 2 * 512**3 / best_seconds(lambda: a @ a, seconds=0.2)
-
-
-def machine() -> dict:
-    facts = doctor.examine()
-    return {
-        "processor": facts["machine"]["processor"],
-        "instruction_set": facts["native"].get("instruction_set"),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def save(name: str, figures: dict) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), **figures}, indent=2) + "\n")
-    print(json.dumps({"machine": machine(), **figures}, indent=2))
+    contestant = CpuContestant(lambda inputs: a @ a, [{}])
+    for _ in range(40):
+        contestant.run()
+    return 2 * 512**3 / contestant.best

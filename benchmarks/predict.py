@@ -1,0 +1,156 @@
+"""python -m benchmarks.predict [--card NAME]: how long the GPU kernels should take, from their machine code.
+
+No measurement goes in: the hot loop of each kernel is compiled for the card's architecture and disassembled (the
+harness of the tests does that, no GPU needed), and its instructions are counted. Per multiprocessor and clock a card
+issues 128 lanes of instructions, 16 of them special functions, and so on (cards.py); with the bytes that the op must
+move this gives a time for every unit, and the largest is the prediction. Where there are too few warps to hide
+latencies, one warp's own pace counts: its loop is played through in order, each instruction waiting for its operands.
+
+What the model leaves out: misses in the caches, bank conflicts, the tail of the last wave, clocks under load. It is a
+bound with assumptions rather than an estimate, right to perhaps a third, and it is never called anything but predicted.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import cards
+from benchmarks.cards import Card
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "jambatalk_kernels"))
+
+from gpu_code import Code, Instruction  # noqa: E402
+
+# A kernel in a CUDA graph starts about this long after the one before (kernels.md 5: 1.3 us), and its first loads and
+# last stores go to memory and back once (quack: 0.4 us each way) before and after the loop.
+LAUNCH = 1.3e-6
+RAMP = 0.8e-6
+
+# Clocks from issue to result. Arithmetic: 4 since Volta. The others are round figures of published microbenchmarks for
+# sm_80 to sm_90; a load counts as a hit in L2 (150 ns, quack's table), since what is read once per multiprocessor and
+# step is shared by its neighbours.
+LATENCY = {
+    "MUFU": 22,
+    "SHFL": 24,
+    "LDS": 28,
+    "LDG": 280,
+    "LDL": 280,
+    "BAR": 20,
+    "S2R": 20,
+    "F2F": 20,
+    "I2F": 20,
+    "F2I": 20,
+}
+FMA_PIPE = r"FFMA|FMUL|FADD|IMAD|HFMA2|HADD2|HMUL2|FSWZADD"
+UNIFORM_PIPE = r"U[A-Z]"
+OTHER_PIPES = rf"{FMA_PIPE}|{UNIFORM_PIPE}|MUFU|SHFL|LD|ST|BRA|BAR|EXIT|NOP|F2F|I2F|F2I"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a launch does: ``warps`` each go ``iterations`` times through ``loop``; ``bytes`` go to and from memory."""
+
+    loop: Code
+    warps: float
+    iterations: float
+    bytes: float
+    registers: int = 64
+
+
+@dataclass(frozen=True)
+class Prediction:
+    seconds: float
+    limit: str
+
+    def __str__(self) -> str:
+        return f"{self.seconds * 1e6:.3g} us ({self.limit})"
+
+
+def clocks(loop: Code, card: Card) -> dict[str, float]:
+    """Clocks of one multiprocessor for one pass of one warp through ``loop``, by the unit that would bind."""
+    shared = {"128": 4, "64": 2}
+    data_path = sum(
+        shared.get(each.opcode.rsplit(".", 1)[-1], 1)
+        for each in loop.instructions
+        if re.match("LDS|STS|SHFL|LDSM", each.opcode)
+    )
+    lanes = 32
+    return {
+        "instruction issue": len(loop.instructions) * lanes / cards.LANES_ISSUED_PER_CLOCK,
+        "special functions": loop.count("MUFU") * lanes / cards.SPECIAL_PER_CLOCK,
+        "float32": loop.count(FMA_PIPE) * lanes / card.float_per_clock,
+        "integer and logic": loop.count(rf"(?!{OTHER_PIPES})") * lanes / 64,
+        "shared memory and shuffles": data_path * lanes * 4 / cards.SHARED_BYTES_PER_CLOCK,
+        "loads and stores": loop.count("LDG|STG"),
+    }
+
+
+def predict(work: Work, card: Card) -> Prediction:
+    """One launch in a CUDA graph, its inputs in memory and not in a cache."""
+    by_unit = clocks(work.loop, card)
+    per_multiprocessor = work.warps / card.multiprocessors
+    seconds = {
+        unit: math.ceil(per_multiprocessor) * work.iterations * each / card.clock for unit, each in by_unit.items()
+    }
+    # A scheduler's resident warps run side by side; further ones wait for them.
+    resident = min(64, 65536 // (32 * max(work.registers, 16))) / cards.SCHEDULERS
+    waves = max(1.0, per_multiprocessor / cards.SCHEDULERS / resident)
+    seconds["latency of one warp"] = waves * work.iterations * pace(work.loop) / card.clock
+    seconds["memory"] = work.bytes / card.copy_bandwidth
+    limit = max(seconds, key=seconds.__getitem__)
+    return Prediction(seconds[limit] + LAUNCH + RAMP, limit)
+
+
+def special_seconds(count: float, card: Card) -> float:
+    """``count`` exponentials at the rate of the special-function units."""
+    return count / card.special_rate
+
+
+# ---- one warp alone -------------------------------------------------------------------------------------------------
+
+
+def pace(loop: Code) -> float:
+    """Clocks per pass of one warp that has its scheduler for itself: in order, every operand waited for."""
+    ready: dict[str, int] = {}
+    clock, ends = 0, []
+    operands = [(instruction, *_operands(instruction)) for instruction in loop.instructions]
+    for _ in range(4):  # the last pass has settled
+        for instruction, written, read in operands:
+            clock = max([clock + 1, *(ready.get(register, 0) for register in read)])
+            latency = LATENCY.get(instruction.opcode.split(".")[0], 6 if instruction.opcode.startswith("U") else 4)
+            ready.update(dict.fromkeys(written, clock + latency))
+        ends.append(clock)
+    return ends[-1] - ends[-2]
+
+
+def _operands(instruction: Instruction) -> tuple[set[str], set[str]]:
+    """-> the registers that it writes, and those that it reads."""
+    text = instruction.text
+    guard = re.match(r"@!?(U?P\d)\s+", text)
+    fields = [part.strip() for part in text[guard.end() if guard else 0 :].split(None, 1)[-1].split(",")]
+    base = instruction.opcode.split(".")[0]
+    results = 0
+    if base not in ("STG", "STS", "STL", "BRA", "EXIT", "BAR", "NOP", "RED", "WARPSYNC", "BSYNC", "BSSY"):
+        results = 1
+        if len(fields) > 1 and (re.fullmatch(r"U?P(\d|T)", fields[0]) or re.fullmatch(r"U?P(\d|T)", fields[1])):
+            results = 2  # a compare's two predicates, a shuffle's flag and value, a sum and its carry
+    wide = 4 if ".128" in instruction.opcode else 2 if re.search(r"\.64|\.WIDE|CS2R", instruction.opcode) else 1
+    written = {name for part in fields[:results] for name in _registers(part, wide)}
+    read = {name for part in fields[results:] for name in _registers(part, wide if base.startswith("ST") else 1)}
+    if ".WIDE" in instruction.opcode:
+        read |= _registers(fields[-1], 2)
+    if guard:
+        read.add(guard[1])
+    return written, read
+
+
+def _registers(text: str, wide: int) -> set[str]:
+    names = set()
+    for kind, number, pair in re.findall(r"\b(UR|UP|R|P)(\d+)(\.64)?", text):
+        count = max(wide if kind in ("R", "UR") else 1, 2 if pair else 1)
+        names |= {f"{kind}{int(number) + i}" for i in range(count)}
+    return names
