@@ -74,51 +74,51 @@ def selective_scan_fn(
     Differs: complex A is an error (Mamba-1 is real), groups of B and C may differ in number, the last state has a
     gradient.
     """
-    op = "selective_scan_fn"
-    positions = ("batch", "dim", "length")
-    check_tensor(op, "u", u, positions, (None, None, None), None)
-    batch, dim, length = u.shape
-    states = _check_A(op, A, dim, u.device)
-    check_tensor(op, "delta", delta, positions, (batch, dim, length), u.device)
-    for name, value in (("B", B), ("C", C)):
-        _check_input_matrix(op, name, value, batch, dim, states, length, u.device)
-    if z is not None:
-        check_tensor(op, "z", z, positions, (batch, dim, length), u.device)
-    _check_vectors(op, "dim", dim, u.device, D=D, delta_bias=delta_bias)
-
-    u, delta, z = u.transpose(1, 2), delta.transpose(1, 2), None if z is None else z.transpose(1, 2)
-    groups = math.lcm(*(matrix.shape[1] if matrix.dim() == 4 and dim else 1 for matrix in (B, C)))
-    if groups == 1:
-        y, last_state = _scan_group(u, delta, A, *_per_group((B, C), 1)[0], D, z, delta_bias, delta_softplus)
-    else:
-        # split, not slices: the gradient of a slice is a tensor of zeros as large as the whole, for every group.
-        split = [[None] * groups if t is None else t.split(dim // groups, -1) for t in (u, delta, D, z, delta_bias)]
-        matrices = _per_group((B, C), groups)
-        results = [
-            _scan_group(u, delta, A, *BC, D, z, delta_bias, delta_softplus)
-            for u, delta, D, z, delta_bias, A, BC in zip(*split, A.split(dim // groups), matrices, strict=True)
-        ]
-        y, last_state = torch.cat([y for y, _ in results], 2), torch.cat([state for _, state in results], 1)
+    arguments = (u, delta, A, B, C, D, z, delta_bias)
+    plain = isinstance(B, Tensor) and isinstance(C, Tensor) and B.dim() == C.dim() == 3
+    if not plain:
+        _check_scan(*arguments)
+    try:
+        u, delta, z = u.transpose(1, 2), delta.transpose(1, 2), None if z is None else z.transpose(1, 2)
+        scan = _scan_one_group if plain else _scan_groups
+        y, last_state = scan(u, delta, A, B.mT, C.mT, D, z, delta_bias, delta_softplus)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+        # A plain call is checked by the op, in microseconds; its refusal is put into the words of this signature.
+        _check_scan(*arguments)
+        raise
     y = y.transpose(1, 2)
     return (y, last_state) if return_last_state else y
 
 
-def _per_group(matrices: tuple[Tensor, Tensor], groups: int) -> list[tuple[Tensor, ...]]:
-    """(B, C) of each group of channels: each (batch, length, states), or (channels, states) where it is constant."""
-    columns = []
-    for matrix in matrices:
+def _scan_groups(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[Tensor, Tensor]:
+    """Channel-last scan in slices of the channels, such that each has one B and one C. -> y, last state
+
+    B, C: (batch, length, states), (batch, groups, length, states), or (states, channels) where they are constant.
+    """
+    channels = u.shape[2]
+    groups = math.lcm(*(matrix.shape[1] if matrix.dim() == 4 and channels else 1 for matrix in (B, C)))
+    width = channels // groups
+
+    def in_groups(tensor: Tensor | None, axis: int = -1) -> list[Tensor | None]:
+        # split, not slices: the gradient of a slice is a tensor of zeros as large as the whole, for every group.
+        return [tensor] * groups if tensor is None or groups == 1 else list(tensor.split(width, axis))
+
+    def matrices(matrix: Tensor) -> list[Tensor]:
         if matrix.dim() == 2:
-            columns.append(matrix.split(matrix.shape[0] // groups) if groups > 1 else [matrix])
-        elif matrix.dim() == 3:
-            columns.append([matrix.transpose(1, 2)] * groups)
-        else:
-            own = matrix.transpose(2, 3).unbind(1)
-            columns.append([own[group * len(own) // groups] for group in range(groups)])
-    return list(zip(*columns, strict=True))
+            return in_groups(matrix.mT, 0)
+        if matrix.dim() == 3:
+            return [matrix] * groups
+        own = matrix.unbind(1)
+        return [own[group * len(own) // groups] for group in range(groups)]
+
+    by_channel = [in_groups(tensor) for tensor in (D, z, delta_bias)]
+    parts = zip(in_groups(u), in_groups(delta), in_groups(A, 0), matrices(B), matrices(C), *by_channel, strict=True)
+    ys, last_states = zip(*(_scan_one_group(*part, delta_softplus) for part in parts), strict=True)
+    return (ys[0], last_states[0]) if groups == 1 else (torch.cat(ys, 2), torch.cat(last_states, 1))
 
 
-def _scan_group(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[Tensor, Tensor]:
-    """Channel-last scan with one B and C for all channels, variable (3 axes) or constant (2 axes). -> y, last state"""
+def _scan_one_group(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[Tensor, Tensor]:
+    """Channel-last scan with B and C (batch, length, states), or (channels, states): constant. -> y, last state"""
     if B.dim() == 3 and C.dim() == 3:
         return selective_scan(
             u, delta, A, B, C, D, z, delta_bias=delta_bias, delta_softplus=delta_softplus, return_final_state=True
@@ -284,6 +284,11 @@ def selective_state_update(
     and the chosen entries with ``state_batch_indices``. Gradients: as the step's (on ``reference``, with a warning).
     """
     op = "selective_state_update"
+    if state_batch_indices is None and isinstance(state, Tensor) and state.dim() == 3:
+        try:  # Mamba-1's form: the op checks it, in microseconds
+            return selective_scan_step(state, x, dt, A, B, C, D, z, delta_bias=dt_bias, delta_softplus=dt_softplus)
+        except (RuntimeError, TypeError, ValueError):
+            pass  # an axis of one too many, which is allowed, or an error: told apart below
     if not isinstance(state, Tensor) or state.dim() not in (3, 4):
         check_tensor(op, "state", state, ("batch", "dim", "states"), (None, None, None), None)
     has_heads = state.dim() == 4
@@ -400,28 +405,27 @@ def causal_conv1d_fn(
     runs with the same number and less than ``width - 1`` positions between them are two sequences here, one there.
     """
     op = "causal_conv1d_fn"
-    check_tensor(op, "x", x, ("batch", "dim", "length"), (None, None, None), None)
-    batch, dim, _ = x.shape
-    check_tensor(op, "weight", weight, ("dim", "width"), (dim, None), x.device)
-    _check_vectors(op, "dim", dim, x.device, bias=bias)
-    states = ("batch", "dim", "width - 1"), (batch, dim, weight.shape[1] - 1), x.device
     if seq_idx is not None:
+        _check_conv(op, x, weight, bias, None)
         for name, value in (("initial_states", initial_states), ("return_final_states", return_final_states or None)):
             if value is not None:
                 raise ValueError(f"{op}: {name}: does not go with seq_idx; jambatalk_kernels.causal_conv1d has both")
         return _conv_of_sequences(x, weight, bias, seq_idx, activation)
-    if initial_states is not None:
-        check_tensor(op, "initial_states", initial_states, *states)
-        initial_states = initial_states.transpose(1, 2)
-    y, final_states = causal_conv1d(
-        x.transpose(1, 2), weight, bias, activation=activation, initial_state=initial_states, return_final_state=True
-    )
+    try:
+        history = None if initial_states is None else initial_states.transpose(1, 2)
+        y, final_states = causal_conv1d(
+            x.transpose(1, 2), weight, bias, activation=activation, initial_state=history, return_final_state=True
+        )
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+        _check_conv(op, x, weight, bias, initial_states)  # what the op refused, in the words of this signature
+        raise
     y = y.transpose(1, 2)
     if not return_final_states:
         return y
     final_states = final_states.transpose(1, 2).to(x.dtype)
     if final_states_out is not None:
-        check_tensor(op, "final_states_out", final_states_out, *states)
+        axes = ("batch", "dim", "width - 1")
+        check_tensor(op, "final_states_out", final_states_out, axes, final_states.shape, x.device)
         final_states = final_states_out.copy_(final_states)
     return y, final_states
 
@@ -471,10 +475,8 @@ def causal_conv1d_update(
     one_position = isinstance(x, Tensor) and x.dim() == 2
     if one_position:
         x = x.unsqueeze(-1)
-    check_tensor(op, "x", x, ("batch", "dim", "length"), (None, None, None), None)
+    _check_conv(op, x, weight, bias, None)
     batch, dim, length = x.shape
-    check_tensor(op, "weight", weight, ("dim", "width"), (dim, None), x.device)
-    _check_vectors(op, "dim", dim, x.device, bias=bias)
     rows = None if conv_state_indices is not None else batch
     check_tensor(op, "conv_state", conv_state, ("batch", "dim", "state length"), (rows, dim, None), x.device)
     columns, history = conv_state.shape[2], weight.shape[1] - 1
@@ -573,6 +575,29 @@ def _check_integers(op: str, name: str, value: object, device: torch.device, **a
         raise ValueError(f"{op}: {name}: expected shape ({wanted}), got {tuple(value.shape)}")
     if value.device != device:
         raise ValueError(f"{op}: {name}: expected device {device}, got {value.device}")
+
+
+def _check_scan(u, delta, A, B, C, D, z, delta_bias) -> None:
+    op, positions = "selective_scan_fn", ("batch", "dim", "length")
+    check_tensor(op, "u", u, positions, (None, None, None), None)
+    batch, dim, length = u.shape
+    states = _check_A(op, A, dim, u.device)
+    check_tensor(op, "delta", delta, positions, (batch, dim, length), u.device)
+    for name, value in (("B", B), ("C", C)):
+        _check_input_matrix(op, name, value, batch, dim, states, length, u.device)
+    if z is not None:
+        check_tensor(op, "z", z, positions, (batch, dim, length), u.device)
+    _check_vectors(op, "dim", dim, u.device, D=D, delta_bias=delta_bias)
+
+
+def _check_conv(op: str, x: object, weight: object, bias: object, initial_states: object) -> None:
+    check_tensor(op, "x", x, ("batch", "dim", "length"), (None, None, None), None)
+    batch, dim, _ = x.shape
+    check_tensor(op, "weight", weight, ("dim", "width"), (dim, None), x.device)
+    _check_vectors(op, "dim", dim, x.device, bias=bias)
+    if initial_states is not None:
+        sizes = (batch, dim, weight.shape[1] - 1)
+        check_tensor(op, "initial_states", initial_states, ("batch", "dim", "width - 1"), sizes, x.device)
 
 
 def _check_input_matrix(
