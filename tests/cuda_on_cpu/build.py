@@ -54,7 +54,13 @@ def build(*flags: str) -> Path:
     torch = Path(importlib.util.find_spec("torch").origin).parent
     sources = [*sorted(CSRC.glob("cuda/*.cu")), CSRC / "cuda" / "binding.cpp", *sorted(HERE.glob("*.cpp"))]
     options = ["-std=c++20", "-O1", "-g1", "-fPIC", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-    options += ["-Wno-unused-parameter", "-Wno-psabi", "-Werror", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"]
+    options += [
+        "-Wno-unused-parameter",
+        "-Wno-psabi",
+        "-Wno-maybe-uninitialized",
+        "-Werror",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000ULL",
+    ]
     options += ["-DJAMBATALK_CUDA_ON_CPU", f"-I{HERE}", f"-I{CSRC}", f"-isystem{torch / 'include'}", *flags]
     libraries = [*flags, f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     compiler = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
