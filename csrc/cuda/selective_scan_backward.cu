@@ -1,0 +1,567 @@
+// The gradient of the selective scan on NVIDIA GPUs. With a_t = exp(delta_t A) and g_t the gradient of h_t:
+//
+//   g_t = C_t dy_t + a_{t+1} g_{t+1}      dy_t = grad_y_t silu(z_t), where z is given
+//   dC_t = sum over channels of dy_t h_t                 dB_t = sum over channels of g_t delta_t u_t
+//   dA = sum over t of g_t a_t h_{t-1} delta_t           ddelta_t = sum over states of g_t a_t h_{t-1} A + (g_t . B_t) u_t
+//   du_t = (g_t . B_t) delta_t + D dy_t                  dz_t = grad_y_t (C_t . h_t + D u_t) silu'(z_t)
+//   dD = sum over t of dy_t u_t
+//
+// The products a_t h_{t-1} are recomputed as such: h_t - delta_t u_t B_t, which is the same, loses digits where a_t is
+// small. No atomics: every sum has a fixed order.
+#include "cuda/selective_scan.h"
+
+namespace jambatalk::cuda {
+namespace {
+
+struct BackwardPlan {
+  ScanBackward call;
+  int64_t channel_blocks;  // per sequence
+  int64_t groups;          // of 128 / LANES channels, that a block takes one after another within a segment of time
+  bool vectors[4];         // of delta, u, z, grad_y: four positions are neighbours in memory and aligned
+  void* resume;            // what a thread remembers of a group between segments
+  void* dA;                // (sequences, channels, states)
+  void* dD;                // (sequences, channels)
+  void* ddelta_bias;       // (sequences, channels)
+  void* dBC;               // (batch, channel blocks, length, 2, states)
+};
+
+template <class T, class From>
+JT_DEVICE void load_positions(const Array& array, int64_t at, bool vector, int first, int last, T (&to)[4]) {
+  const From* from = static_cast<const From*>(array.data) + at;
+  if (vector && first <= 0 && last >= 4) {
+    const Vector<From, 4> v = *reinterpret_cast<const Vector<From, 4>*>(from);
+    JT_UNROLL
+    for (int i = 0; i < 4; ++i) to[i] = convert<T>(v.lane[i]);
+  } else {
+    JT_UNROLL
+    for (int i = 0; i < 4; ++i) to[i] = i >= first && i < last ? convert<T>(from[i * array.stride[1]]) : T(0);
+  }
+}
+
+// Four positions of a channel; those outside of [first, last) are zeros and are not read.
+template <class T>
+JT_DEVICE void load_positions(const Array& array, int64_t at, bool vector, int first, int last, T (&to)[4]) {
+  switch (array.dtype) {
+    case Dtype::kFloat32:
+      return load_positions<T, float>(array, at, vector, first, last, to);
+    case Dtype::kFloat64:
+      return load_positions<T, double>(array, at, vector, first, last, to);
+    case Dtype::kBFloat16:
+      return load_positions<T, __nv_bfloat16>(array, at, vector, first, last, to);
+    default:
+      return load_positions<T, __half>(array, at, vector, first, last, to);
+  }
+}
+
+// Sums v over the 32 / LANES channels of a warp. Halves of v go opposite ways as long as there are two, so that a lane
+// ends with `kLeft` of the sums, v[0 ..] being those from the returned index on, at COUNT - kLeft shuffles or so.
+template <int LANES, int COUNT>
+constexpr int kLeft = COUNT * LANES / 32 > 1 ? COUNT * LANES / 32 : 1;
+
+template <int LANES, int COUNT, class T>
+JT_DEVICE int sum_over_channels(T (&v)[COUNT], int warp_lane) {
+  int first = 0, width = COUNT;
+  JT_UNROLL
+  for (int apart = LANES; apart < 32; apart *= 2) {
+    if (width > 1) {
+      width /= 2;
+      const bool upper = (warp_lane & apart) != 0;
+      JT_UNROLL
+      for (int k = 0; k < width; ++k) {
+        const T keep = upper ? v[k + width] : v[k], give = upper ? v[k] : v[k + width];
+        v[k] = keep + __shfl_xor_sync(kAllLanes, give, apart);
+      }
+      first += upper ? width : 0;
+    } else {
+      v[0] += __shfl_xor_sync(kAllLanes, v[0], apart);
+    }
+  }
+  return first;
+}
+
+// A block: groups of 128 / LANES channels of one sequence. It walks the sequence backwards in segments of SEGMENT
+// positions, and within a segment takes the groups one after another:
+//   1. from the state at the start of the chunk, saved by forward, to the segment's start (nothing where the segment is
+//      the chunk's first), and on: the states at every SUB-th position, into shared memory;
+//   2. SUB positions at a time, last first: h and a again, kept in registers, then back through them. dB and dC are summed
+//      over the warp's channels by shuffles, over the warps in shared memory, over the groups in the block's own rows of
+//      `dBC`; scan_sum_kernel adds the blocks up;
+//   3. du, ddelta, dz, once per channel and position.
+//
+// dtypes: inputs and their gradients any; T float, or double where u is.
+// Cost per channel and position, N = 16, bfloat16: 14 bytes (u, delta, z, grad_y in; du, ddelta, dz out), 4 N / chunk of saved
+// states and 16 N / (channels of a block) of partial dB and dC; 2.25 N + 6 special functions; some 450 instructions of a
+// thread, which bind.
+// Per warp and position, LANES 4 and STATES 4: 7 shuffles for dB and dC, 1.5 for du and ddelta (2.25 with z).
+// Largest request of dynamic shared memory: 98 KB (float64, 256 states).
+// budget: registers <= 255, spills 0, shared <= 0
+template <class T, int LANES, int STATES, int SEGMENT, int SUB>
+__global__ void __launch_bounds__(kScanThreads, sizeof(T) == 8 || STATES == 8 ? 2 : 3)
+    scan_backward_kernel(const BackwardPlan plan) {
+  constexpr int kChannels = kScanThreads / LANES, kStates = LANES * STATES, kRow = SEGMENT + 4;
+  constexpr int kSubs = SEGMENT / SUB, kWarps = kScanThreads / 32, kSums = 2 * STATES;
+  JT_DYNAMIC_SHARED(shared);
+  T* const tile_delta = reinterpret_cast<T*>(shared);  // (channel, position); then the gradient of delta A log2(e)
+  T* const tile_x = tile_delta + kChannels * kRow;     // delta u; then its gradient
+  T* const tile_dy = tile_x + kChannels * kRow;        // dy; then C . h
+  T* const tile_B = tile_dy + kChannels * kRow;
+  T* const tile_C = tile_B + SEGMENT * kStates;
+  T* const starts = tile_C + SEGMENT * kStates;                // (SUB-th position, state, thread)
+  T* const exchange = starts + kSubs * STATES * kScanThreads;  // (warp, position, dB or dC, state)
+  T* const tile_before = exchange;                             // B of the positions between chunk's and segment's start
+
+  const ScanBackward& call = plan.call;
+  const int warp_lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % LANES, mine = threadIdx.x / LANES;
+  const int column = threadIdx.x % kChannels, quarter = threadIdx.x / kChannels;
+  const int64_t block = blockIdx.x % plan.channel_blocks;
+  const Span span = span_of(call, blockIdx.x / plan.channel_blocks);
+  const int64_t begin = span.begin, end = span.end, channels = call.channels, states = call.states;
+  const bool gated = call.z.data != nullptr;
+  const int64_t block_channel = block * plan.groups * kChannels;
+  T* const dBC = static_cast<T*>(plan.dBC) + (span.batch * plan.channel_blocks + block) * call.length * 2 * states;
+
+  T A[STATES] = {}, carry[STATES] = {}, dA[STATES] = {}, dD = T(0), dbias = T(0);
+  // A group's numbers between segments: in registers where there is one group.
+  const auto resume_at = [&](int64_t group, int k) {
+    return static_cast<T*>(plan.resume) +
+           ((int64_t(blockIdx.x) * plan.groups + group) * (kSums + 2) + k) * kScanThreads + threadIdx.x;
+  };
+  const auto begin_group = [&](int64_t group) {
+    const int64_t channel = block_channel + group * kChannels + mine;
+    dD = dbias = T(0);
+    JT_UNROLL
+    for (int s = 0; s < STATES; ++s) {
+      const int n = state_of<LANES, STATES>(lane, s);
+      const bool exists = channel < channels && n < states;
+      const Array& from = call.grad_final_state;
+      carry[s] = exists ? load_or<T>(from, offset(from, span.sequence, channel, n), T(0)) : T(0);
+      dA[s] = T(0);
+    }
+  };
+  const auto keep_group = [&](int64_t group) {
+    if (plan.groups == 1) return;
+    JT_UNROLL
+    for (int s = 0; s < STATES; ++s) *resume_at(group, s) = carry[s], *resume_at(group, STATES + s) = dA[s];
+    *resume_at(group, kSums) = dD, *resume_at(group, kSums + 1) = dbias;
+  };
+  const auto resume_group = [&](int64_t group) {
+    if (plan.groups == 1) return;
+    JT_UNROLL
+    for (int s = 0; s < STATES; ++s) carry[s] = *resume_at(group, s), dA[s] = *resume_at(group, STATES + s);
+    dD = *resume_at(group, kSums), dbias = *resume_at(group, kSums + 1);
+  };
+  for (int64_t group = 0; group < plan.groups; ++group) begin_group(group), keep_group(group);
+
+  outside(call, span, [&](int64_t from, int64_t to) {
+    for (int64_t c = block_channel + column; c < min(channels, block_channel + plan.groups * kChannels); c += kChannels) {
+      for (int64_t t = from + quarter; t < to; t += LANES) {
+        store_any<T>(call.du, offset(call.du, span.batch, t, c), T(0));
+        store_any<T>(call.ddelta, offset(call.ddelta, span.batch, t, c), T(0));
+        if (gated) store_any<T>(call.dz, offset(call.dz, span.batch, t, c), T(0));
+      }
+    }
+    for (int64_t i = from * 2 * states + threadIdx.x; i < to * 2 * states; i += kScanThreads) dBC[i] = T(0);
+  });
+
+  const auto load_matrix = [&](const Array& from, int64_t start, int64_t stop, T* to) {
+    for (int q = threadIdx.x; q < SEGMENT * kStates / 4; q += kScanThreads) {
+      int t, n, t_step, n_step;
+      locate_four<LANES, STATES>(q, &t, &n, &t_step, &n_step);
+      Four<T> v;
+      JT_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int64_t at = start + t + i * t_step, state = n + i * n_step;
+        const bool exists = at >= begin && at < stop && state < states;
+        v.lane[i] = exists ? load_any<T>(from, offset(from, span.batch, at, state)) : T(0);
+      }
+      reinterpret_cast<Four<T>*>(to)[q] = v;
+    }
+  };
+  const int64_t chunks = (call.length + call.chunk - 1) / call.chunk;
+
+  for (int64_t chunk = end > begin ? (end - 1) / call.chunk : -1; chunk >= 0 && (chunk + 1) * call.chunk > begin; --chunk) {
+    const int64_t chunk_begin = chunk * call.chunk, chunk_end = min(chunk_begin + call.chunk, end);
+    for (int64_t start = chunk_begin + (chunk_end - 1 - chunk_begin) / SEGMENT * SEGMENT;
+         start >= chunk_begin && start + SEGMENT > begin; start -= SEGMENT) {
+      const int64_t stop = min(start + SEGMENT, chunk_end);
+      __syncthreads();  // the last segment's tiles are read no more
+      load_matrix(call.B, start, stop, tile_B);
+      load_matrix(call.C, start, stop, tile_C);
+      for (int64_t group = 0; group < plan.groups; ++group) {
+        const int64_t channel0 = block_channel + group * kChannels, channel = channel0 + mine, other = channel0 + column;
+        if (channel0 >= channels) break;
+        resume_group(group);
+        T h[STATES];
+        JT_UNROLL
+        for (int s = 0; s < STATES; ++s) {
+          const int n = state_of<LANES, STATES>(lane, s);
+          const bool exists = channel < channels && n < states;
+          A[s] = exists ? load_any<T>(call.A, offset(call.A, 0, channel, n)) * kLog2e<T> : T(0);
+          h[s] = T(0);
+          if (exists && chunk_begin > begin) {
+            h[s] = static_cast<const T*>(call.chunk_states)[((span.batch * chunks + chunk) * states + n) *
+                                                               call.padded_channels + channel];
+          } else if (exists) {
+            h[s] = load_or<T>(call.initial_state, offset(call.initial_state, span.sequence, channel, n), T(0));
+          }
+        }
+        const bool exists = other < channels;
+        const T bias = exists ? load_or<T>(call.delta_bias, other * call.delta_bias.stride[2], T(0)) : T(0);
+        const T D = exists ? load_or<T>(call.D, other * call.D.stride[2], T(0)) : T(0);
+
+        // Of the four positions from `at`, those to read lie in [first, last).
+        const auto first_of = [&](int64_t at) { return exists ? int(max(begin - at, int64_t(0))) : 4; };
+        const auto last_of = [&](int64_t at, int64_t limit) { return int(min(limit - at, int64_t(4))); };
+        const auto positions = [&](const Array& array, int which, int64_t at, int first, int last, T(&to)[4]) {
+          if (first >= last) {
+            to[0] = to[1] = to[2] = to[3] = T(0);
+          } else {
+            load_positions<T>(array, offset(array, span.batch, at, other), plan.vectors[which], first, last, to);
+          }
+        };
+        // delta and delta u of SEGMENT positions from `from` on, and dy
+        const auto load_tiles = [&](int64_t from, int64_t limit, bool with_dy) {
+          for (int t = quarter * 4; t < SEGMENT; t += LANES * 4) {
+            const int first = first_of(from + t), last = last_of(from + t, limit);
+            T delta[4], u[4], z[4], grad[4];
+            positions(call.delta, 0, from + t, first, last, delta);
+            positions(call.u, 1, from + t, first, last, u);
+            if (with_dy && gated) positions(call.z, 2, from + t, first, last, z);
+            if (with_dy && call.grad_y.data != nullptr) positions(call.grad_y, 3, from + t, first, last, grad);
+            Four<T> kept_delta, kept_x, kept_dy;
+            JT_UNROLL
+            for (int i = 0; i < 4; ++i) {
+              const bool inside = i >= first && i < last;
+              T d = delta[i] + bias;
+              if (call.softplus) d = softplus_fast(d);
+              kept_delta.lane[i] = inside ? d : T(0);
+              kept_x.lane[i] = inside ? d * u[i] : T(0);
+              kept_dy.lane[i] = !inside || call.grad_y.data == nullptr ? T(0) : gated ? grad[i] * z[i] * sigmoid_fast(z[i]) : grad[i];
+            }
+            *reinterpret_cast<Four<T>*>(tile_delta + column * kRow + t) = kept_delta;
+            *reinterpret_cast<Four<T>*>(tile_x + column * kRow + t) = kept_x;
+            if (with_dy) *reinterpret_cast<Four<T>*>(tile_dy + column * kRow + t) = kept_dy;
+          }
+        };
+        // h, on over the positions [from, to) of the tiles
+        const auto advance = [&](const T* B_tile, int from, int to) {
+#pragma unroll 1
+          for (int t = from; t < to; t += 4) {
+            const Four<T> d = *reinterpret_cast<const Four<T>*>(tile_delta + mine * kRow + t);
+            const Four<T> x = *reinterpret_cast<const Four<T>*>(tile_x + mine * kRow + t);
+            T B[4][STATES];
+            load_four<LANES, STATES>(B_tile, t, lane, B);
+            JT_UNROLL
+            for (int i = 0; i < 4; ++i) {
+              JT_UNROLL
+              for (int s = 0; s < STATES; ++s) h[s] = exp2_fast(d.lane[i] * A[s]) * h[s] + x.lane[i] * B[i][s];
+            }
+          }
+        };
+
+        for (int64_t before = chunk_begin; before < start; before += SEGMENT) {
+          if (before + SEGMENT <= begin) continue;
+          __syncthreads();
+          load_tiles(before, start, false);
+          load_matrix(call.B, before, start, tile_before);
+          __syncthreads();
+          advance(tile_before, 0, SEGMENT);
+        }
+        __syncthreads();
+        load_tiles(start, stop, true);
+        __syncthreads();
+#pragma unroll 1
+        for (int sub = 0; sub < kSubs; ++sub) {
+          JT_UNROLL
+          for (int s = 0; s < STATES; ++s) starts[(sub * STATES + s) * kScanThreads + threadIdx.x] = h[s];
+          if (sub + 1 < kSubs) advance(tile_B, sub * SUB, (sub + 1) * SUB);
+        }
+
+#pragma unroll 1
+        for (int sub = kSubs - 1; sub >= 0; --sub) {
+          const int from = sub * SUB;
+          T decay[SUB][STATES], before[SUB][STATES], dy[SUB];
+          JT_UNROLL
+          for (int s = 0; s < STATES; ++s) h[s] = starts[(sub * STATES + s) * kScanThreads + threadIdx.x];
+          JT_UNROLL
+          for (int q = 0; q < SUB; q += 4) {
+            const Four<T> v = *reinterpret_cast<const Four<T>*>(tile_dy + mine * kRow + from + q);
+            JT_UNROLL
+            for (int i = 0; i < 4; ++i) dy[q + i] = v.lane[i];
+          }
+          __syncwarp();  // y takes dy's place
+          JT_UNROLL
+          for (int q = 0; q < SUB; q += 4) {
+            const Four<T> d = *reinterpret_cast<const Four<T>*>(tile_delta + mine * kRow + from + q);
+            const Four<T> x = *reinterpret_cast<const Four<T>*>(tile_x + mine * kRow + from + q);
+            T B[4][STATES];
+            load_four<LANES, STATES>(tile_B, from + q, lane, B);
+            JT_UNROLL
+            for (int i = 0; i < 4; ++i) {
+              JT_UNROLL
+              for (int s = 0; s < STATES; ++s) {
+                before[q + i][s] = h[s];
+                decay[q + i][s] = exp2_fast(d.lane[i] * A[s]);
+                h[s] = decay[q + i][s] * h[s] + x.lane[i] * B[i][s];
+              }
+            }
+          }
+          JT_UNROLL
+          for (int q = SUB - 4; q >= 0; q -= 4) {
+            const Four<T> d = *reinterpret_cast<const Four<T>*>(tile_delta + mine * kRow + from + q);
+            const Four<T> x = *reinterpret_cast<const Four<T>*>(tile_x + mine * kRow + from + q);
+            T B[4][STATES], C[4][STATES], to_x[4], to_decay[4], y[4];
+            load_four<LANES, STATES>(tile_B, from + q, lane, B);
+            load_four<LANES, STATES>(tile_C, from + q, lane, C);
+            JT_UNROLL
+            for (int i = 3; i >= 0; --i) {
+              T sums[kSums];
+              to_x[i] = to_decay[i] = y[i] = T(0);
+              JT_UNROLL
+              for (int s = 0; s < STATES; ++s) {
+                const T g = dy[q + i] * C[i][s] + carry[s];
+                sums[s] = g * x.lane[i];
+                sums[STATES + s] = dy[q + i] * h[s];
+                to_x[i] += g * B[i][s];
+                carry[s] = g * decay[q + i][s];
+                const T through_decay = carry[s] * before[q + i][s];
+                to_decay[i] += through_decay * A[s];
+                dA[s] += through_decay * d.lane[i];
+                y[i] += C[i][s] * h[s];
+                h[s] = before[q + i][s];
+              }
+              const int first_sum = sum_over_channels<LANES>(sums, warp_lane);
+              constexpr int kKept = kLeft<LANES, kSums>;
+              T* const row = exchange + (warp * SUB + q + i) * 2 * kStates;
+              // Where there are more channels than sums, several lanes have the same one.
+              if (kSums * LANES >= 32 || (warp_lane & (32 - kSums * LANES)) == 0) {
+                if constexpr (kKept % 4 == 0) {
+                  JT_UNROLL
+                  for (int k = 0; k < kKept; k += 4) {
+                    const int which = first_sum + k, n = state_of<LANES, STATES>(lane, which % STATES);
+                    *reinterpret_cast<Four<T>*>(row + (which >= STATES ? kStates : 0) + n) =
+                        Four<T>{{sums[k], sums[k + 1], sums[k + 2], sums[k + 3]}};
+                  }
+                } else {
+                  JT_UNROLL
+                  for (int k = 0; k < kKept; ++k) {
+                    const int which = first_sum + k;
+                    row[(which >= STATES ? kStates : 0) + state_of<LANES, STATES>(lane, which % STATES)] = sums[k];
+                  }
+                }
+              }
+            }
+            sum_over_lanes<LANES>(to_x, tile_x + mine * kRow + from + q, lane);
+            sum_over_lanes<LANES>(to_decay, tile_delta + mine * kRow + from + q, lane);
+            if (gated) sum_over_lanes<LANES>(y, tile_dy + mine * kRow + from + q, lane);
+          }
+          __syncthreads();
+          for (int e = threadIdx.x; e < SUB * 2 * kStates; e += kScanThreads) {
+            const int step = e / (2 * kStates), which = e / kStates % 2, n = e % kStates;
+            const int64_t at = start + from + step;
+            if (at < begin || at >= stop || n >= states) continue;
+            T sum = exchange[e];
+            JT_UNROLL
+            for (int w = 1; w < kWarps; ++w) sum += exchange[w * SUB * 2 * kStates + e];
+            T* const to = dBC + (at * 2 + which) * states + n;
+            *to = group == 0 ? sum : *to + sum;
+          }
+          __syncthreads();
+        }
+
+        for (int t = quarter * 4; t < SEGMENT; t += LANES * 4) {
+          const int64_t at = start + t;
+          const int first = first_of(at), last = last_of(at, stop);
+          if (first >= last) continue;
+          T raw[4], u[4], z[4], grad[4];
+          positions(call.delta, 0, at, first, last, raw);
+          positions(call.u, 1, at, first, last, u);
+          if (gated) positions(call.z, 2, at, first, last, z);
+          if (call.grad_y.data != nullptr) positions(call.grad_y, 3, at, first, last, grad);
+          const Four<T> to_decay = *reinterpret_cast<const Four<T>*>(tile_delta + column * kRow + t);
+          const Four<T> to_x = *reinterpret_cast<const Four<T>*>(tile_x + column * kRow + t);
+          const Four<T> y = *reinterpret_cast<const Four<T>*>(tile_dy + column * kRow + t);
+          JT_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            if (i < first || i >= last) continue;
+            const T x = raw[i] + bias, delta = call.softplus ? softplus_fast(x) : x;
+            T ddelta = to_x.lane[i] * u[i] + to_decay.lane[i] * MathConstants<T>::kLn2;
+            if (call.softplus) ddelta *= softplus_slope(x);
+            T dy = call.grad_y.data == nullptr ? T(0) : grad[i];
+            if (gated) {
+              const T gate = sigmoid_fast(z[i]);
+              const T dz = dy * (y.lane[i] + D * u[i]) * gate * (T(1) + z[i] * (T(1) - gate));
+              store_any<T>(call.dz, offset(call.dz, span.batch, at + i, other), dz);
+              dy *= z[i] * gate;
+            }
+            store_any<T>(call.ddelta, offset(call.ddelta, span.batch, at + i, other), ddelta);
+            store_any<T>(call.du, offset(call.du, span.batch, at + i, other), to_x.lane[i] * delta + D * dy);
+            dbias += ddelta;
+            dD += dy * u[i];
+          }
+        }
+        keep_group(group);
+      }
+    }
+  }
+
+  for (int64_t group = 0; group < plan.groups; ++group) {
+    const int64_t channel0 = block_channel + group * kChannels, channel = channel0 + mine;
+    if (channel0 >= channels) break;
+    resume_group(group);
+    JT_UNROLL
+    for (int s = 0; s < STATES; ++s) {
+      const int n = state_of<LANES, STATES>(lane, s);
+      if (channel >= channels || n >= states) continue;
+      static_cast<T*>(plan.dA)[(span.sequence * channels + channel) * states + n] = dA[s];
+      if (call.dinitial_state.data != nullptr) {
+        store_any<T>(call.dinitial_state, offset(call.dinitial_state, span.sequence, channel, n), carry[s]);
+      }
+    }
+    __syncthreads();
+    starts[threadIdx.x] = dD, starts[kScanThreads + threadIdx.x] = dbias;
+    __syncthreads();
+    if (quarter == 0 && channel0 + column < channels) {
+      for (int i = 1; i < LANES; ++i) {
+        dD += starts[i * kChannels + column];
+        dbias += starts[kScanThreads + i * kChannels + column];
+      }
+      static_cast<T*>(plan.dD)[span.sequence * channels + channel0 + column] = dD;
+      static_cast<T*>(plan.ddelta_bias)[span.sequence * channels + channel0 + column] = dbias;
+    }
+  }
+}
+
+// to[outer, row, column] = sum over terms of partial[outer][term][row][column], in the order of the terms. `to` is
+// contiguous.
+struct SumCall {
+  const void* partial;
+  int64_t outer, terms, rows, columns;
+  int64_t outer_stride, term_stride, row_stride;
+  Array to;
+};
+
+// budget: registers <= 40, spills 0, shared <= 0
+template <class T>
+__global__ void __launch_bounds__(kScanThreads) scan_sum_kernel(const SumCall call) {
+  const int64_t index = int64_t(blockIdx.x) * kScanThreads + threadIdx.x;
+  if (index >= call.outer * call.rows * call.columns) return;
+  const int64_t column = index % call.columns, row = index / call.columns % call.rows;
+  const T* from = static_cast<const T*>(call.partial) + index / call.columns / call.rows * call.outer_stride +
+                  row * call.row_stride + column;
+  T sum = T(0);
+  for (int64_t term = 0; term < call.terms; ++term) sum += from[term * call.term_stride];
+  store_any<T>(call.to, index, sum);
+}
+
+// ---- host side
+
+struct Workspace {
+  int64_t channel_blocks, groups;
+  int64_t resume, dA, dD, ddelta_bias, dBC, bytes;  // where they begin
+};
+
+ScanShape shape_of(const ScanBackward& call) {
+  if (call.u.dtype == Dtype::kFloat64) return {call.states <= 16 ? 4 : 32, call.states <= 128 ? 4 : 8};
+  return scan_backward_shape(call.sequences, call.channels, call.states, call.device.multiprocessors);
+}
+
+Workspace workspace_of(const ScanBackward& call) {
+  const ScanShape shape = shape_of(call);
+  const int64_t element = call.u.dtype == Dtype::kFloat64 ? 8 : 4, width = kScanThreads / shape.lanes;
+  Workspace w{};
+  w.groups = scan_backward_groups(call.sequences, call.channels, width, call.device.multiprocessors);
+  w.channel_blocks = (call.channels + width * w.groups - 1) / (width * w.groups);
+  const auto take = [&](int64_t elements) {
+    const int64_t at = w.bytes;
+    w.bytes += (elements * element + 15) / 16 * 16;
+    return at;
+  };
+  const int64_t pairs = call.sequences * call.channels;
+  w.resume = take(w.groups == 1 ? 0 : call.sequences * w.channel_blocks * w.groups * (2 * shape.states + 2) * kScanThreads);
+  w.dA = take(pairs * call.states), w.dD = take(pairs), w.ddelta_bias = take(pairs);
+  w.dBC = take(call.batch * w.channel_blocks * call.length * 2 * call.states);
+  return w;
+}
+
+template <class T, int LANES, int STATES, int SEGMENT, int SUB>
+const char* run_backward(const BackwardPlan& plan) {
+  constexpr int64_t kChannels = kScanThreads / LANES, kStates = LANES * STATES;
+  const int64_t exchange = max(kScanThreads / 32 * SUB * 2 * kStates, SEGMENT * kStates);
+  const int64_t elements = 3 * kChannels * (SEGMENT + 4) + 2 * SEGMENT * kStates +
+                           SEGMENT / SUB * STATES * kScanThreads + exchange;
+  return launch(scan_backward_kernel<T, LANES, STATES, SEGMENT, SUB>,
+                dim3(unsigned(plan.channel_blocks * plan.call.sequences)), kScanThreads, elements * int64_t(sizeof(T)),
+                plan.call.device, plan);
+}
+
+const char* run_backward(const BackwardPlan& plan) {
+  const ScanShape shape = shape_of(plan.call);
+  const int key = shape.lanes * 100 + shape.states;
+  if (plan.call.u.dtype == Dtype::kFloat64) {
+    if (key == 404) return run_backward<double, 4, 4, 16, 4>(plan);
+    if (key == 3204) return run_backward<double, 32, 4, 8, 4>(plan);
+    return run_backward<double, 32, 8, 4, 4>(plan);
+  }
+  switch (key) {
+    case 204:
+      return run_backward<float, 2, 4, 32, 8>(plan);
+    case 404:
+      return run_backward<float, 4, 4, 32, 8>(plan);
+    case 1601:
+      return run_backward<float, 16, 1, 32, 8>(plan);
+    case 804:
+      return run_backward<float, 8, 4, 32, 8>(plan);
+    case 1604:
+      return run_backward<float, 16, 4, 32, 8>(plan);
+    case 3204:
+      return run_backward<float, 32, 4, 16, 8>(plan);
+    default:
+      return run_backward<float, 32, 8, 16, 4>(plan);
+  }
+}
+
+}  // namespace
+
+int64_t scan_backward_workspace(const ScanBackward& call) { return workspace_of(call).bytes; }
+
+const char* launch_scan_backward(const ScanBackward& call) {
+  if (call.states > 256) return "selective_scan: at most 256 states";
+  const Workspace w = workspace_of(call);
+  char* const memory = static_cast<char*>(call.workspace);
+  BackwardPlan plan{};
+  plan.call = call;
+  plan.channel_blocks = w.channel_blocks, plan.groups = w.groups;
+  plan.resume = memory + w.resume, plan.dA = memory + w.dA, plan.dD = memory + w.dD;
+  plan.ddelta_bias = memory + w.ddelta_bias, plan.dBC = memory + w.dBC;
+  const Array* const inputs[4] = {&call.delta, &call.u, &call.z, &call.grad_y};
+  for (int i = 0; i < 4; ++i) {
+    const Array& array = *inputs[i];
+    const int64_t bytes = array.dtype == Dtype::kFloat64 ? 8 : array.dtype == Dtype::kFloat32 ? 4 : 2;
+    const int64_t align = min(4 * bytes, int64_t(16));
+    plan.vectors[i] = array.stride[1] == 1 && reinterpret_cast<uintptr_t>(array.data) % align == 0 &&
+                      array.stride[0] * bytes % align == 0 && array.stride[2] * bytes % align == 0;
+  }
+  const char* error = call.sequences * call.channels == 0 ? nullptr : run_backward(plan);
+
+  const bool wide = call.u.dtype == Dtype::kFloat64;
+  const int64_t element = wide ? 8 : 4, states = call.states, length = call.length;
+  const auto sum = [&](const SumCall& terms) {
+    const int64_t count = terms.outer * terms.rows * terms.columns;
+    if (error != nullptr || terms.to.data == nullptr || count == 0) return;
+    const dim3 blocks(unsigned((count + kScanThreads - 1) / kScanThreads));
+    error = launch(wide ? scan_sum_kernel<double> : scan_sum_kernel<float>, blocks, kScanThreads, 0, call.device, terms);
+  };
+  const int64_t terms = call.channels == 0 ? 0 : w.channel_blocks, rows = length * 2 * states;
+  sum({plan.dBC, call.batch, terms, length, states, w.channel_blocks * rows, rows, 2 * states, call.dB});
+  sum({static_cast<char*>(plan.dBC) + states * element, call.batch, terms, length, states, w.channel_blocks * rows, rows,
+       2 * states, call.dC});
+  const int64_t width = call.channels * states;
+  sum({plan.dA, 1, call.sequences, 1, width, 0, width, 0, call.dA});
+  sum({plan.dD, 1, call.sequences, 1, call.channels, 0, call.channels, 0, call.dD});
+  sum({plan.ddelta_bias, 1, call.sequences, 1, call.channels, 0, call.channels, 0, call.ddelta_bias});
+  return error;
+}
+
+}  // namespace jambatalk::cuda
