@@ -40,3 +40,86 @@ def route_plan(tokens: int, experts: int) -> RoutePlan:
     blocks_per_program = _cdiv(blocks, _ROUTE_PROGRAMS)
     programs = _cdiv(blocks, blocks_per_program)
     return RoutePlan(block, programs, blocks_per_program, min(room, next_power_of_2(programs)), 4)
+
+
+class TilePlan(NamedTuple):
+    """Tiles of a matrix product: block_m x block_n of the result, block_k of what is summed over at a time."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# What one block may use of shared memory (CUDA programming guide), less what the compiler adds to the pipeline's tiles.
+_SHARED = {(8, 0): 163 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024}
+_SHARED_ELSEWHERE = 99 * 1024
+_SHARED_RESERVE = 3 * 1024
+
+
+def product_plan(
+    rows: int,
+    columns: int,
+    depth: int,
+    itemsize: int,
+    capability: tuple[int, int],
+    operands: int = 1,
+    long_epilogue: bool = False,
+) -> TilePlan:
+    """Tiles for (rows, depth) x (depth, columns), where `rows` is what one expert has on average.
+
+    operands: matrices on the right that share the left one and have an accumulator each (swiglu's gate and up: 2).
+    long_epilogue: what follows the product needs registers too, so each thread has a smaller part of the tile.
+    Few rows: the weights' bytes are the limit, so the tile is low and its loads long. Many rows: as near to square as
+    registers allow. float32 runs on the FMA units (or in TF32) with smaller tiles.
+    """
+    block_m = min(max(next_power_of_2(rows), 16), 128 if itemsize == 2 else 64)
+    large = itemsize == 2 and block_m == 128
+    wide = large and capability[0] in (9, 10)  # they have wgmma or more, and 227 KB of shared memory
+    total_n = 256 if wide and not long_epilogue else 128 if itemsize == 2 and block_m >= 64 else 64
+    block_n = min(total_n // operands, max(next_power_of_2(columns), 16))
+    block_k = 128 // itemsize if wide or block_m <= 32 else 64 // itemsize
+    block_k = min(block_k, max(next_power_of_2(depth), 16))
+    num_warps = 8 if wide or large and long_epilogue else 4
+    stages = _stages(block_m, block_n * operands, block_k, itemsize, capability)
+    return TilePlan(block_m, block_n, block_k, num_warps, stages)
+
+
+def _stages(block_m: int, block_n: int, block_k: int, itemsize: int, capability: tuple[int, int]) -> int:
+    """As many tiles in flight as shared memory holds, 4 at most."""
+    room = _SHARED.get(capability, _SHARED_ELSEWHERE) - _SHARED_RESERVE
+    return min(4, room // ((block_m + block_n) * block_k * itemsize))
+
+
+def weight_gradient_plan(
+    rows: int, left: int, right: int, experts: int, itemsize: int, capability: tuple[int, int], multiprocessors: int
+) -> tuple[TilePlan, int]:
+    """Tiles for (left, rows) x (rows, right) per expert, `rows` on average, and in how many parts the rows are summed.
+
+    They are split only where the tiles alone would leave half of the processors idle and each part has work.
+    """
+    tile = product_plan(left, right, rows, itemsize, capability)
+    # Which rows to load is loaded first. Triton's pipeline is as deep for such loads as half its stages.
+    tile = tile._replace(num_stages=2 * tile.num_stages - 1)
+    programs = experts * _cdiv(left, tile.block_m) * _cdiv(right, tile.block_n)
+    splits = min(multiprocessors // programs, rows // (8 * tile.block_k), 16)
+    return tile, max(splits, 1)
+
+
+def max_tiles(assignments: int, experts: int, block_m: int) -> int:
+    """A bound that needs no offsets: full tiles, and one that is not full per expert that can have any."""
+    return assignments // block_m + min(experts, assignments)
+
+
+class VectorPlan(NamedTuple):
+    block_n: int  # rows of the weights per program
+    block_k: int  # of each row at a time
+    num_warps: int
+
+
+def vector_plan(columns: int, depth: int, operands: int = 1) -> VectorPlan:
+    """Matrix times vector: a program holds 4096 weights (32 registers of 128 threads) and so many bytes in flight."""
+    block_k = min(max(next_power_of_2(depth), 16), 1024)
+    block_n = min(4096 // operands // block_k, next_power_of_2(columns), 16)
+    return VectorPlan(max(block_n, 1), block_k, 4)

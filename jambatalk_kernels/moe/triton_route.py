@@ -19,11 +19,14 @@ model's sizes. Source: kernels.md 1.5; the scheme of histogram, prefix sum and s
 
 from __future__ import annotations
 
+import sys
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from jambatalk_kernels.moe.ahead_of_time import recorded_launches
 from jambatalk_kernels.moe.heuristics import MAX_EXPERTS, MAX_TOP_K, next_power_of_2, route_plan
 from jambatalk_kernels.moe.interpreter import rounded
 
@@ -248,28 +251,15 @@ def route_backward(
 
 
 def ahead_of_time_cases() -> list[dict]:
-    """The specialisations that launches on aligned, contiguous tensors are compiled for, at the model's sizes."""
-    real = ("logits", "weights", "probabilities", "grad_weights", "grad_probabilities", "grad_logits")
-    kinds = dict.fromkeys(real, "*fp32:16") | dict.fromkeys(("chosen", "counts", "order", "offsets"), "*i32:16")
-    kinds |= dict.fromkeys(("tokens", "experts", "blocks_per_program", "programs"), "i32")
-    kinds |= dict.fromkeys(("stride_t", "stride_wt", "stride_pt"), "i32")
+    """What launches at the model's sizes, at the bar's and at the limits are compiled as."""
     cases = []
-    for experts, top_k, tokens in ((8, 2, 8192), (8, 2, 1), (8, 8, 8192), (256, 16, 8192)):
-        plan = route_plan(tokens, experts)
-        one_block = plan.programs == 1
-        constants = dict.fromkeys(("blocks_per_program", "stride_e", "stride_wk", "stride_pe"), 1)
-        constants |= {"TOP_K": top_k, "RENORMALIZE": False, "ONE_BLOCK": one_block, "BLOCK_T": plan.block_tokens}
-        constants |= {"BLOCK_E": next_power_of_2(experts), "BLOCK_K": next_power_of_2(top_k)}
-        constants |= {"BLOCK_P": plan.block_counts}
-        for kernel in (_choose_kernel, _choose_backward_kernel) + (() if one_block else (_sort_kernel,)):
-            fixed = {name: constants[name] for name in kernel.arg_names if name in constants}
-            cases.append(
-                {
-                    "name": f"{kernel.__name__.strip('_')} {experts} experts top {top_k}, {tokens} tokens",
-                    "kernel": kernel,
-                    "signature": {name: kinds.get(name, "constexpr") for name in kernel.arg_names},
-                    "constexprs": fixed,
-                    "num_warps": plan.num_warps,
-                }
-            )
+    for tokens, experts, top_k in ((1, 8, 2), (8192, 8, 2), (8192, 8, 8), (8192, 256, 16)):
+
+        def run(tokens=tokens, experts=experts, top_k=top_k):
+            logits = torch.empty(tokens, experts)
+            weights, chosen, probabilities, *_ = route_forward(logits, top_k, False)
+            route_backward(weights, probabilities, logits, weights, chosen, probabilities, False)
+
+        label = f"{tokens} tokens, {experts} experts, top {top_k}"
+        cases += recorded_launches(sys.modules[__name__], label, run)
     return cases

@@ -1,6 +1,7 @@
 """The Triton kernels of the mixture of experts against the definition, in the interpreter or, with a card, on it."""
 
 import gpu_code
+import numpy as np
 import pytest
 import torch
 
@@ -9,7 +10,7 @@ from jambatalk_kernels.moe import heuristics, reference
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = triton.language
 
-from jambatalk_kernels.moe import triton_route  # noqa: E402
+from jambatalk_kernels.moe import triton_mlp, triton_route  # noqa: E402
 from jambatalk_kernels.moe.interpreter import rounded  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -184,6 +185,243 @@ def test_rounding_to_bfloat16_is_that_of_torch():
     got = torch.empty_like(x, dtype=torch.bfloat16)
     _round_kernel[(1,)](x, got, x.numel(), SIZE=4096)
     torch.testing.assert_close(got, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+# ---- the experts ----------------------------------------------------------------------------------------------------
+
+# tokens, experts, top_k, features, hidden, width, activation
+MLPS = [
+    (1, 8, 2, 40, 24, 40, "swiglu"),  # one step of a rollout: matrix-vector
+    (7, 7, 1, 97, 47, 97, "swiglu"),
+    (5, 3, 3, 33, 9, 17, "gelu"),
+    (60, 4, 2, 33, 21, 18, "gelu"),  # tiles, gathered
+    (40, 7, 1, 24, 17, 40, "swiglu"),
+    (40, 3, 3, 70, 17, 40, "swiglu"),  # every expert: no permutation
+    (37, 1, 1, 33, 20, 7, "relu"),
+    (600, 2, 1, 16, 8, 16, "relu"),  # the weights' gradients in parts
+]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch):
+    """Whatever the launchers allocate is full of NaN, so that what they read before writing it shows."""
+    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
+
+    def poison(tensor):
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else -(2**30))
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+
+
+def mlp_inputs(tokens, experts, top_k, features, hidden, width, activation, dtype=torch.float32, logits=None):
+    rows = 2 * hidden if activation == "swiglu" else hidden
+    x = normal(tokens, features, dtype=dtype)
+    w_in = (normal(experts, rows, features, seed=1) / features**0.5).to(dtype)
+    w_out = (normal(experts, width, hidden, seed=2) / hidden**0.5).to(dtype)
+    logits = normal(tokens, experts, seed=3, dtype=torch.float32) if logits is None else logits
+    routing = reference.moe_route(logits, top_k)
+    routing = routing._replace(order=routing.order.int(), offsets=routing.offsets.int())
+    return x, routing, w_in, w_out
+
+
+def run_triton(x, routing, w_in, w_out, activation, grad_y):
+    arguments = (routing.weights, routing.experts, routing.order, routing.offsets, w_in, w_out)
+    y, preactivation = triton_mlp.mlp_forward(x, *arguments, activation, True)
+    return {"y": y, **run_triton_backward(x, arguments, preactivation, activation, grad_y)}
+
+
+def run_triton_backward(x, arguments, preactivation, activation, grad_y):
+    gradients = triton_mlp.mlp_backward(grad_y, x, *arguments, preactivation, activation)
+    return dict(zip(("x", "weights", "w_in", "w_out"), gradients, strict=True))
+
+
+def run_reference(x, routing, w_in, w_out, activation, grad_y, dtype=torch.float64):
+    weights = routing.weights.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    inputs = [t.detach().to(t_dtype).requires_grad_() for t, t_dtype in
+              ((x, dtype), (weights, weights.dtype), (w_in, dtype), (w_out, dtype))]  # fmt: skip
+    y = reference.moe_mlp_dense(inputs[0], routing._replace(weights=inputs[1]), *inputs[2:], activation)
+    gradients = torch.autograd.grad(y, inputs, grad_y.to(dtype))
+    return dict(zip(("y", "x", "weights", "w_in", "w_out"), (y.detach(), *gradients), strict=True))
+
+
+def assert_accurate(got, exact, peer, bar):
+    for name, want in exact.items():
+        assert got[name].shape == want.shape and got[name].is_contiguous(), name
+        rounding = rms_ratio(want.to(got[name].dtype), want)
+        mine, theirs = rms_ratio(got[name], want), rms_ratio(peer[name], want)
+        assert mine <= 2 * theirs + 2 * rounding, (name, mine, theirs)
+        assert mine <= bar, (name, mine)
+
+
+@pytest.mark.parametrize("shape", MLPS, ids=str)
+def test_mlp_and_its_gradients(shape):
+    tokens, _, _, _, _, width, activation = shape
+    inputs = mlp_inputs(*shape)
+    grad_y = normal(tokens, width, seed=4, dtype=torch.float32)
+    got = run_triton(*inputs, activation, grad_y)
+    exact, peer = (run_reference(*inputs, activation, grad_y, dtype) for dtype in (torch.float64, torch.float32))
+    assert_accurate(got, exact, peer, 1e-5)
+
+
+# A single token's weights have gradients that are differences of large terms: there the absolute bar means nothing.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [MLPS[1], (60, 4, 2, 64, 48, 64, "swiglu"), (40, 3, 3, 64, 33, 40, "gelu")], ids=str)
+def test_accuracy_rule_in_half_precision(shape, dtype):
+    tokens, _, _, _, _, width, activation = shape
+    inputs = mlp_inputs(*shape, dtype=dtype)
+    grad_y = normal(tokens, width, seed=4, dtype=dtype)
+    got = run_triton(*inputs, activation, grad_y)
+    for name, value in got.items():
+        assert value.dtype == (torch.float32 if name == "weights" else dtype)
+    exact, peer = (run_reference(*inputs, activation, grad_y, which) for which in (torch.float64, dtype))
+    assert_accurate(got, exact, peer, 5e-3)
+
+
+@pytest.fixture
+def rows_do_not_meet(monkeypatch):
+    """In the interpreter a row of a product by NumPy's BLAS depends on where it stands; on a card it does not."""
+    if DEVICE == "cpu":
+        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+        def create_dot(self, a, b, total, *_):
+            product = (a.data.astype(np.float32)[:, :, None] * b.data.astype(np.float32)[None]).sum(1)
+            return TensorHandle(product + total.data, total.dtype.scalar)
+
+        monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3], ids="top {}".format)
+def test_equal_bytes_again_and_for_permuted_tokens(top_k, rows_do_not_meet):
+    shape = (50, 3, top_k, 40, 24, 36, "swiglu")
+    x, routing, w_in, w_out = mlp_inputs(*shape)
+    grad_y = normal(50, 36, seed=4, dtype=torch.float32)
+    first = run_triton(x, routing, w_in, w_out, "swiglu", grad_y)
+    again = run_triton(x, routing, w_in, w_out, "swiglu", grad_y)
+    for name, value in first.items():
+        assert torch.equal(value, again[name]), name
+    shuffle = torch.randperm(50, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    logits = normal(50, 3, seed=3, dtype=torch.float32)[shuffle]
+    _, shuffled, *_ = mlp_inputs(*shape, logits=logits)
+    moved = run_triton(x[shuffle], shuffled, w_in, w_out, "swiglu", grad_y[shuffle])
+    for name in ("y", "x", "weights"):
+        assert torch.equal(first[name][shuffle], moved[name]), name
+
+
+@pytest.mark.parametrize("tokens", [8, 40])
+def test_experts_without_tokens(tokens):
+    logits = torch.full((tokens, 5), -9.0, device=DEVICE)
+    logits[:, 3] = 9.0
+    inputs = mlp_inputs(tokens, 5, 1, 24, 10, 12, "swiglu", logits=logits)
+    grad_y = normal(tokens, 12, seed=4, dtype=torch.float32)
+    got, exact = (run(*inputs, "swiglu", grad_y) for run in (run_triton, run_reference))
+    for name, want in exact.items():
+        assert rms_ratio(got[name], want) < 1e-6, name
+    for name in ("w_in", "w_out"):
+        assert torch.equal(got[name][[0, 1, 2, 4]], torch.zeros_like(got[name][:4]))
+
+
+def test_matrix_vector_and_tiles_agree(monkeypatch):
+    inputs = mlp_inputs(8, 3, 2, 70, 50, 33, "swiglu")  # experts that several tokens share
+    grad_y = normal(8, 33, seed=4, dtype=torch.float32)
+    vector = run_triton(*inputs, "swiglu", grad_y)
+    monkeypatch.setattr(heuristics, "MATRIX_VECTOR_ASSIGNMENTS", 0)
+    tiles = run_triton(*inputs, "swiglu", grad_y)
+    for name, value in tiles.items():
+        assert rms_ratio(vector[name], value) < 1e-6, name
+
+
+@pytest.mark.parametrize("tokens", [4, 30])
+@pytest.mark.parametrize("top_k", [2, 3], ids="top {}".format)
+def test_any_strides_and_an_expanded_gradient(tokens, top_k):
+    x, routing, w_in, w_out = mlp_inputs(tokens, 3, top_k, 20, 10, 12, "swiglu")
+    grad_y = normal(tokens, 1, seed=4, dtype=torch.float32)
+    plain = run_triton(x, routing, w_in, w_out, "swiglu", grad_y.expand(-1, 12).contiguous())
+
+    def elsewhere(t):
+        """The same numbers with the last dimension first in memory, every other one of a wider tensor."""
+        wide = torch.full((*t.movedim(-1, 0).shape, 2), torch.nan, device=t.device)
+        wide[..., 1] = t.movedim(-1, 0)
+        return wide[..., 1].movedim(0, -1)
+
+    moved = run_triton(*(elsewhere(x), routing, elsewhere(w_in), elsewhere(w_out)), "swiglu", grad_y.expand(-1, 12))
+    for name, value in plain.items():
+        assert rms_ratio(moved[name], value) < 1e-6, name
+
+
+@pytest.mark.parametrize("tokens", [6, 30])
+@pytest.mark.parametrize("top_k", [2, 4], ids="top {}".format)
+def test_what_is_not_finite_stays_with_its_token_and_expert(tokens, top_k):
+    logits = normal(tokens, 4, seed=3, dtype=torch.float32)
+    logits[2] = torch.nan  # experts 0 .. top_k - 1 with NaN weights
+    inputs = mlp_inputs(tokens, 4, top_k, 20, 10, 12, "swiglu", logits=logits)
+    x, routing, w_in, w_out = inputs
+    grad_y = normal(tokens, 12, seed=4, dtype=torch.float32)
+    got = run_triton(*inputs, "swiglu", grad_y)
+    others = torch.arange(tokens, device=DEVICE) != 2
+    assert got["y"][2].isnan().all() and got["y"][others].isfinite().all()
+    assert got["x"][2].isnan().all() and got["x"][others].isfinite().all()
+    assert got["weights"].isfinite().all()
+    if top_k < 4:
+        w_out[3] = torch.inf
+        chose = (routing.experts == 3).any(1)
+        assert chose.any() and not chose.all()
+        y = run_triton(x, routing, w_in, w_out, "swiglu", grad_y)["y"]
+        assert torch.equal(y[~chose & others], got["y"][~chose & others]) and not y[chose].isfinite().any()
+
+
+@pytest.mark.parametrize("tokens", [3, 20])
+@pytest.mark.parametrize("top_k", [1, 2, 3], ids="top {}".format)
+def test_a_routing_that_is_none_reads_no_foreign_memory(tokens, top_k):
+    x, routing, w_in, w_out = mlp_inputs(tokens, 3, top_k, 20, 10, 12, "swiglu")
+    for huge in (2**31 - 1, -(2**31)):
+        bad = routing._replace(
+            **{name: torch.full_like(getattr(routing, name), huge) for name in ("experts", "order", "offsets")}
+        )
+        for broken in (bad, bad._replace(offsets=routing.offsets), bad._replace(order=routing.order)):
+            got = run_triton(x, broken, w_in, w_out, "swiglu", torch.ones(tokens, 12, device=DEVICE))
+            assert got["y"].shape == (tokens, 12) and got["w_in"].shape == w_in.shape
+
+
+def test_sizes_of_zero():
+    for tokens, features, hidden, width in ((0, 20, 10, 12), (30, 20, 10, 0), (30, 20, 0, 12), (30, 0, 10, 12)):
+        shapes = ((tokens, features), (3, 2 * hidden, features), (3, width, hidden))
+        x, w_in, w_out = (torch.ones(shape, device=DEVICE) for shape in shapes)
+        routing = mlp_inputs(tokens, 3, 2, 1, 1, 1, "relu")[1]
+        got = run_triton(x, routing, w_in, w_out, "swiglu", torch.ones(tokens, width, device=DEVICE))
+        assert got["y"].shape == (tokens, width)
+        for name, like in (("y", got["y"]), ("x", x), ("weights", routing.weights), ("w_in", w_in), ("w_out", w_out)):
+            assert torch.equal(got[name], torch.zeros_like(like)), name
+
+
+@pytest.mark.parametrize("tokens", [4, 20])
+def test_without_gradients_nothing_is_saved(tokens):
+    x, routing, w_in, w_out = mlp_inputs(tokens, 3, 2, 20, 10, 12, "swiglu")
+    arguments = (x, *routing[:2], *routing[3:], w_in, w_out, "swiglu")
+    y, preactivation = triton_mlp.mlp_forward(*arguments, False)
+    same, saved = triton_mlp.mlp_forward(*arguments, True)
+    assert torch.equal(y, same) and preactivation.shape == (0,) and saved.shape == (2 * tokens, 20)
+
+
+def test_mlp_refuses_what_it_has_no_kernel_for():
+    x, routing, w_in, w_out = mlp_inputs(20, 3, 2, 20, 10, 12, "swiglu")
+    arguments = (*routing[:2], *routing[3:])
+    with pytest.raises(TypeError, match="float64"):
+        triton_mlp.mlp_forward(x.double(), *arguments, w_in.double(), w_out.double(), "swiglu", False)
+    with pytest.raises(ValueError, match="257 experts"):
+        w = torch.ones(1, 1, 1, device=DEVICE).expand(257, 2, 20)
+        triton_mlp.mlp_forward(x, *arguments, w, w[:, :, :1], "swiglu", False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(6, 256, 16, 20, 9, 11, "swiglu"), (300, 40, 5, 130, 70, 65, "gelu")], ids=str)
+def test_many_experts(shape):
+    tokens, _, _, _, _, width, activation = shape
+    inputs = mlp_inputs(*shape)
+    grad_y = normal(tokens, width, seed=4, dtype=torch.float32)
+    got = run_triton(*inputs, activation, grad_y)
+    exact, peer = (run_reference(*inputs, activation, grad_y, dtype) for dtype in (torch.float64, torch.float32))
+    assert_accurate(got, exact, peer, 1e-5)
 
 
 # ---- block sizes ----------------------------------------------------------------------------------------------------
