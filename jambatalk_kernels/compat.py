@@ -289,53 +289,27 @@ def selective_state_update(
             return selective_scan_step(state, x, dt, A, B, C, D, z, delta_bias=dt_bias, delta_softplus=dt_softplus)
         except (RuntimeError, TypeError, ValueError):
             pass  # an axis of one too many, which is allowed, or an error: told apart below
-    if not isinstance(state, Tensor) or state.dim() not in (3, 4):
-        check_tensor(op, "state", state, ("batch", "dim", "states"), (None, None, None), None)
-    has_heads = state.dim() == 4
-    # One form for all: with heads. What comes without gets an axis of one.
-    lifted = {}
-    for name, value, axes in (
-        ("state", state, 4), ("x", x, 3), ("dt", dt, 3), ("z", z, 3), ("A", A, 3), ("B", B, 3), ("C", C, 3),
-        ("D", D, 2), ("dt_bias", dt_bias, 2),
-    ):  # fmt: skip
-        if isinstance(value, Tensor) and value.dim() == axes - 1:
-            value = value.unsqueeze(0 if name in ("A", "D", "dt_bias") else 1)
-        lifted[name] = value
-    whole, x, dt, z, A, B, C, D, dt_bias = lifted.values()
-    check_tensor(op, "state", whole, ("batch", "heads", "dim", "states"), (None,) * 4, None)
-    entries, heads, dim, states = whole.shape
-    device = whole.device
-    row = ("batch", "heads", "dim")
-    check_tensor(op, "x", x, row, (None if state_batch_indices is not None else entries, heads, dim), device)
-    batch = x.shape[0]
-    check_tensor(op, "dt", dt, row, (batch, heads, dim), device)
-    _check_real(op, A)
-    check_tensor(op, "A", A, ("heads", "dim", "states"), (heads, dim, states), device)
-    check_tensor(op, "B", B, ("batch", "groups", "states"), (batch, None, states), device)
-    groups = B.shape[1]
-    if groups < 1 or heads % groups:
-        raise ValueError(f"{op}: B: expected a number of groups that divides heads={heads}, got {tuple(B.shape)}")
-    check_tensor(op, "C", C, ("batch", "groups", "states"), (batch, groups, states), device)
-    if z is not None:
-        check_tensor(op, "z", z, row, (batch, heads, dim), device)
-    for name, value in (("D", D), ("dt_bias", dt_bias)):
-        if value is not None:
-            check_tensor(op, name, value, ("heads", "dim"), (heads, dim), device)
+    has_heads = isinstance(state, Tensor) and state.dim() == 4
+    named = {"state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
+    named = _with_heads(op, named, one_state_per_row=state_batch_indices is None)
+    state, x, dt, A, B, C, D, z, dt_bias = named.values()
+    entries, heads, dim, _ = state.shape
+    batch, groups = B.shape[:2]
 
     slots = None
     if state_batch_indices is not None:
-        slots = _Slots(op, "state_batch_indices", state_batch_indices, entries, batch, device)
-        before = whole[slots.entries]
+        slots = _Slots(op, "state_batch_indices", state_batch_indices, entries, batch, state.device)
+        before = state[slots.entries]
         x, dt, z, B, C = (value if value is None else value[slots.rows] for value in (x, dt, z, B, C))
-        whole_of, whole = whole, before.clone()
+    after = state if slots is None else before.clone()
     # Heads and channels become one axis where the state can be seen that way; else every head goes alone.
-    together = max(heads // groups, 1) if whole.stride(1) == dim * whole.stride(2) else 1
+    together = max(heads // groups, 1) if after.stride(1) == dim * after.stride(2) else 1
     outputs = []
     for first in range(0, heads, together):
         part, group = slice(first, first + together), first * groups // heads
         outputs.append(
             selective_scan_step(
-                whole[:, part].flatten(1, 2), x[:, part].flatten(1, 2), dt[:, part].flatten(1, 2),
+                after[:, part].flatten(1, 2), x[:, part].flatten(1, 2), dt[:, part].flatten(1, 2),
                 A[part].flatten(0, 1), B[:, group], C[:, group], None if D is None else D[part].flatten(),
                 None if z is None else z[:, part].flatten(1, 2),
                 delta_bias=None if dt_bias is None else dt_bias[part].flatten(), delta_softplus=dt_softplus,
@@ -343,8 +317,36 @@ def selective_state_update(
         )  # fmt: skip
     y = outputs[0] if len(outputs) == 1 else torch.cat([x.new_empty(batch, 0), *outputs], 1)
     if slots is not None:
-        y = slots.store(whole_of, before, whole, y)
+        y = slots.store(state, before, after, y)
     return y.unflatten(1, (heads, dim)) if has_heads else y
+
+
+def _with_heads(op: str, named: dict[str, Tensor | None], one_state_per_row: bool) -> dict[str, Tensor | None]:
+    """Check the arguments of selective_state_update, and give those without heads or groups an axis of one for them."""
+    for name, value in named.items():
+        without = {"state": 3, "D": 1, "dt_bias": 1}.get(name, 2)  # axes where there are no heads and groups
+        if isinstance(value, Tensor) and value.dim() == without:
+            named[name] = value.unsqueeze(0 if name in ("A", "D", "dt_bias") else 1)
+    check_tensor(op, "state", named["state"], ("batch", "heads", "dim", "states"), (None,) * 4, None)
+    entries, heads, dim, states = named["state"].shape
+    x, B = named["x"], named["B"]
+    device = named["state"].device
+    row, parameter, matrix = ("batch", "heads", "dim"), ("heads", "dim"), ("batch", "groups", "states")
+    check_tensor(op, "x", x, row, (entries if one_state_per_row else None, heads, dim), device)
+    batch = x.shape[0]
+    _check_real(op, named["A"])
+    check_tensor(op, "A", named["A"], (*parameter, "states"), (heads, dim, states), device)
+    check_tensor(op, "B", B, matrix, (batch, None, states), device)
+    if B.shape[1] < 1 or heads % B.shape[1]:
+        raise ValueError(f"{op}: B: expected a number of groups that divides heads={heads}, got {tuple(B.shape)}")
+    check_tensor(op, "C", named["C"], matrix, tuple(B.shape), device)
+    for name, wanted, sizes in (
+        ("dt", row, (batch, heads, dim)), ("z", row, (batch, heads, dim)), ("D", parameter, (heads, dim)),
+        ("dt_bias", parameter, (heads, dim)),
+    ):  # fmt: skip
+        if name == "dt" or named[name] is not None:
+            check_tensor(op, name, named[name], wanted, sizes, device)
+    return named
 
 
 class _Slots:
