@@ -6,7 +6,7 @@
 Names, argument order, shapes and defaults are theirs as documented (mamba_ssm up to 2.2, causal_conv1d up to 1.5); the
 code is not. Sequences are channel-first there, (batch, dim, length), and channel-last here, so a call transposes views:
 no input is copied, whatever its strides, but where a docstring says so. Results are channel-first views of channel-last
-memory. Dtypes and devices mix as in the ops below, which also choose the backend (``use_backend`` works around a call),
+memory. Dtypes mix as in the ops below, which also choose the backend (``use_backend`` works around a call),
 and all results are differentiable in all inputs, the last states included, where the originals stop some gradients.
 
 Errors: ``TypeError``/``ValueError`` that name the argument.
