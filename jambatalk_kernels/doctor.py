@@ -20,10 +20,10 @@ from jambatalk_kernels import backends
 
 # Which backends each op has been written for. What is missing here does not exist yet, on any machine.
 WRITTEN: dict[str, tuple[str, ...]] = {
-    "selective_scan": ("cpu", "reference"),
-    "selective_scan_step": ("cpu", "reference"),
-    "causal_conv1d": ("cpu", "reference"),
-    "causal_conv1d_step": ("cpu", "reference"),
+    "selective_scan": ("cpu", "triton", "cuda", "reference"),
+    "selective_scan_step": ("cpu", "triton", "cuda", "reference"),
+    "causal_conv1d": ("cpu", "triton", "cuda", "reference"),
+    "causal_conv1d_step": ("cpu", "triton", "cuda", "reference"),
     "moe_route": ("reference",),
     "load_balancing_loss": ("reference",),
     "moe_mlp": ("reference",),
@@ -37,6 +37,8 @@ ENVIRONMENT = {
     "JAMBATALK_KERNELS_CHECK": "1: validates values, fills new outputs with NaN",
     "JAMBATALK_CPU_ISA": "forces avx512, avx2 or plain (or wide, for tests)",
     "JAMBATALK_BUILD": "at build time: auto, cpu, cuda or none",
+    "TORCH_CUDA_ARCH_LIST": "at build time: the GPUs to compile for, 8.0;9.0a;12.0+PTX",
+    "TRITON_INTERPRET": "1: Triton kernels are interpreted, on CPU tensors",
 }
 
 
@@ -52,9 +54,11 @@ def examine() -> dict:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "cuda_capability": _capability(),
+            "torch_cuda": torch.version.cuda,
         },
         "backends": _backends(),
-        "ops": {op: _op(written) for op, written in WRITTEN.items()},
+        "ops": {op: _op(op, written) for op, written in WRITTEN.items()},
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
     }
 
@@ -90,6 +94,7 @@ def _native() -> dict:
             "version": module.VERSION,
             "compiler": module.COMPILER,
             "built_with_torch": module.BUILT_WITH_TORCH,
+            "cuda_architectures": getattr(module, "CUDA_ARCHITECTURES", ""),
             "instruction_sets": [name for name in module.supported_cpu_isas() if name != "wide"],
         }
         try:
@@ -100,17 +105,50 @@ def _native() -> dict:
     return result
 
 
+def _capability() -> str | None:
+    """The GPU's, as "sm_90"; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"
+
+
+def _cuda_architectures() -> str:
+    return getattr(sys.modules.get(backends.NATIVE_MODULE), "CUDA_ARCHITECTURES", "")
+
+
+def _triton_version() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def _backends() -> dict[str, str]:
-    """Backend -> "runs" or why it does not."""
+    """Backend -> "runs", on what, or why it does not."""
     loaded, reason = backends.native_library()
-    unwritten = "no kernel is written for it yet"
-    return {"reference": "runs", "cpu": "runs" if loaded else reason, "triton": unwritten, "cuda": unwritten}
+    version, architectures, gpu = _triton_version(), _cuda_architectures(), _capability()
+    triton = "not installed" if version is None else f"{version}, {f'runs on {gpu}' if gpu else 'no GPU here'}"
+    cuda = "the native library was built without CUDA" if loaded else reason
+    if architectures:
+        cuda = f"built for {architectures}, " + ("no GPU here" if gpu is None else f"GPU here: {gpu}")
+        shown = sorted(op for op, backend, name in backends.VALIDATED if backend == "cuda" and name == gpu)
+        if gpu is not None:
+            cuda += f", validated there: {', '.join(shown) or 'nothing; chosen only when forced'}"
+    return {"reference": "runs", "cpu": "runs" if loaded else reason, "triton": triton, "cuda": cuda}
 
 
-def _op(written: tuple[str, ...]) -> dict:
-    """What this op runs on for CPU tensors and for GPU tensors, when nothing is forced."""
+def _op(op: str, written: tuple[str, ...]) -> dict:
+    """What this op runs on for CPU tensors and for GPU tensors, when nothing is forced, and on which GPUs its CUDA kernel
+    has been shown to be right. Without a GPU here: what one of sm_80 would run."""
     on_cpu = "cpu" if "cpu" in written and backends.native_library()[0] else "reference"
-    return {"written_for": list(written), "cpu_tensors": on_cpu, "gpu_tensors": "reference"}
+    if torch.cuda.is_available():
+        options = backends.candidates(op, torch.empty(0, device="cuda"))
+    else:
+        options = backends.gpu_candidates((8, 0), _triton_version() is not None, _cuda_architectures(), False)
+    on_gpu = next(name for name, reason in options.items() if name in written and reason is None)
+    shown = sorted(name for row, backend, name in backends.VALIDATED if (row, backend) == (op, "cuda"))
+    return {"written_for": list(written), "cpu_tensors": on_cpu, "gpu_tensors": on_gpu, "cuda_validated_on": shown}
 
 
 def _processor() -> str:
@@ -138,6 +176,7 @@ def report(facts: dict) -> str:
             f"  instructions    {native['instruction_set']} "
             f"(this processor runs {', '.join(native['instruction_sets'])})"
         )
+        lines.append(f"  CUDA            {native['cuda_architectures'] or 'no CUDA kernels in it'}")
     if native.get("sources_are_newer"):
         lines.append("  STALE           csrc/ has changed since it was built: run `pip install .` again")
     lines.append(

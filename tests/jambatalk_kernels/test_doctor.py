@@ -36,13 +36,45 @@ def test_json_from_the_command_line():
         assert "GCC" in facts["native"]["compiler"] or "lang" in facts["native"]["compiler"]
         assert facts["ops"]["selective_scan"]["cpu_tensors"] == "cpu"
     assert facts["ops"]["moe_mlp"]["cpu_tensors"] == "reference"
-    assert "yet" in facts["backends"]["cuda"] and "yet" in facts["backends"]["triton"]
+    assert facts["ops"]["selective_scan"]["written_for"] == ["cpu", "triton", "cuda", "reference"]
 
 
 def test_the_report_names_everything():
     text = doctor.report(doctor.examine())
     for word in ("native library", "selective_scan", "rollout", "JAMBATALK_CPU_ISA", "triton", "torch"):
         assert word in text
+
+
+def test_what_gpu_tensors_run_on(monkeypatch):
+    """Without a card: Triton where it is installed; CUDA C++ only where a card has shown it to be right, and forced."""
+    monkeypatch.setattr(doctor.torch.cuda, "is_available", lambda: False)
+    for version, expected in (("3.9.0", "triton"), (None, "reference")):
+        monkeypatch.setattr(doctor, "_triton_version", lambda version=version: version)
+        facts = doctor.examine()
+        assert facts["ops"]["causal_conv1d"]["gpu_tensors"] == expected
+        assert facts["ops"]["rollout"]["gpu_tensors"] == "reference"
+        assert facts["backends"]["triton"] == ("3.9.0, no GPU here" if version else "not installed")
+
+
+def test_a_library_with_cuda_says_for_which_gpus(monkeypatch):
+    monkeypatch.setattr(doctor, "_cuda_architectures", lambda: "8.0;9.0a")
+    monkeypatch.setattr(doctor, "_capability", lambda: None)
+    assert doctor.examine()["backends"]["cuda"] == "built for 8.0;9.0a, no GPU here"
+    monkeypatch.setattr(doctor, "_capability", lambda: "sm_90")
+    assert doctor.examine()["backends"]["cuda"].endswith("sm_90, validated there: nothing; chosen only when forced")
+    monkeypatch.setitem(doctor.backends.VALIDATED, ("causal_conv1d", "cuda", "sm_90"), "results/some.json")
+    facts = doctor.examine()
+    assert facts["backends"]["cuda"].endswith("validated there: causal_conv1d")
+    assert facts["ops"]["causal_conv1d"]["cuda_validated_on"] == ["sm_90"]
+    assert facts["ops"]["selective_scan"]["cuda_validated_on"] == []
+    assert "causal_conv1d" in doctor.report(facts)
+
+
+def test_a_library_without_cuda_says_so(monkeypatch):
+    if not native_library()[0]:
+        return
+    monkeypatch.setattr(doctor, "_cuda_architectures", lambda: "")
+    assert doctor.examine()["backends"]["cuda"] == "the native library was built without CUDA"
 
 
 def test_every_public_op_is_listed():
