@@ -7,17 +7,17 @@ from typing import NamedTuple
 
 __all__ = ["Tile", "backward_tile", "forward_tile", "time_is_fastest"]
 
-# Programs per multiprocessor that a launch should reach before tiles are made larger.
+# Programs per multiprocessor that a launch should reach before its tiles are made larger.
 PROGRAMS_PER_MULTIPROCESSOR = 4
-# 32-bit registers per thread for what is alive across positions: weights, window, gradient sums.
-REGISTERS = 96
+# Of a thread's 32-bit registers, those for what stays alive from position to position: weights, window, gradient sums.
+REGISTERS = 72
 
 
 class Tile(NamedTuple):
-    """What one program computes: ``steps`` times ``groups`` runs of ``rows`` positions, each for ``block_c`` channels.
+    """What one program computes: ``groups`` runs of positions side by side, each for ``block_c`` channels.
 
-    A thread walks along a run with the window in registers; ``groups`` runs side by side fill the threads. Where time
-    is the fastest axis, ``rows`` is what one wide load brings.
+    A run is walked in ``steps`` blocks of ``rows`` positions, whose loads are in flight together. ``positions`` are
+    those of all runs that the program owns.
     """
 
     block_c: int
@@ -26,10 +26,7 @@ class Tile(NamedTuple):
     steps: int
     warps: int
     time_fastest: bool
-
-    @property
-    def positions(self) -> int:
-        return self.groups * self.rows * self.steps
+    positions: int
 
 
 def time_is_fastest(stride_t: int, stride_c: int) -> bool:
@@ -41,62 +38,70 @@ def time_is_fastest(stride_t: int, stride_c: int) -> bool:
 def forward_tile(
     batch: int, length: int, channels: int, width: int, itemsize: int, time_fastest: bool, multiprocessors: int
 ) -> Tile:
-    """Alive per channel and position: ``width`` weights and as many inputs."""
-    return _tile(batch, length, channels, 2 * width, itemsize, time_fastest, multiprocessors)
+    """Alive per channel: the bias, ``width`` weights and as many inputs."""
+    shapes = _time_fastest_shapes(itemsize)
+    if not time_fastest:
+        shapes = _channels_fastest_shapes(channels, 2 * width + 1, itemsize, steps=(8, 4, 2, 1))
+    return _first_with_enough_programs(shapes, 0, batch, length, channels, time_fastest, multiprocessors)
 
 
 @lru_cache(maxsize=1024)
 def backward_tile(
     batch: int, length: int, channels: int, width: int, itemsize: int, time_fastest: bool, multiprocessors: int
 ) -> Tile:
-    """Alive as well: the window of gradients and the sums for dweight and dbias."""
-    tile = _tile(batch, length, channels, 4 * width + 1, itemsize, time_fastest, multiprocessors)
-    # A tile leaves width + 1 partial sums per channel: longer tiles leave fewer, as long as every processor has work.
-    steps = tile.steps
-    while (
-        steps < 32
-        and tile.positions // tile.steps * steps * 2 <= length
-        and _programs(batch, length, channels, tile._replace(steps=steps * 2))
-        >= 2 * PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
-    ):
-        steps *= 2
-    return tile._replace(steps=steps)
+    """Alive as well: the last gradients and the sums for dweight and dbias.
 
-
-def _tile(
-    batch: int, length: int, channels: int, alive: int, itemsize: int, time_fastest: bool, multiprocessors: int
-) -> Tile:
-    wide = max(2, 16 // itemsize)  # elements of one 16-byte access
-    registers = alive * (2 if itemsize == 8 else 1)
+    A run ends ``width - 1`` positions after those that it owns, and a program leaves ``width + 1`` sums per channel:
+    long runs cost less.
+    """
+    history = width - 1
     if time_fastest:
-        # One channel per thread, so that only its own weights are alive; a run is one wide access.
-        tile = Tile(1, 128, max(4, wide), 1, 4, True)
-        smaller = [tile, tile._replace(groups=64, warps=2), tile._replace(groups=32, warps=1)]
+        shapes = [shape[:2] + (steps,) + shape[3:] for steps in (4, 2, 1) for shape in _time_fastest_shapes(itemsize)]
+        history = 0  # every step computes its neighbours' positions itself
     else:
-        per_thread = wide
-        while per_thread > 1 and per_thread * registers > REGISTERS:
-            per_thread //= 2
-        block_c = min(32 * per_thread, _power_of_two(channels))
-        groups = 32 * per_thread // block_c  # few channels: a warp takes several runs
-        tile = Tile(block_c, 4 * groups, 16, 1, 4, False)
-        smaller = [
-            tile,
-            tile._replace(rows=8),
-            Tile(block_c, 2 * groups, 8, 1, 2, False),
-            Tile(block_c, groups, 8, 1, 1, False),
-            Tile(block_c, groups, 4, 1, 1, False),
-        ]
-    enough = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
-    for tile in smaller:
-        if _programs(batch, length, channels, tile) >= enough:
-            return tile
-    return smaller[-1]
+        least = 1
+        while least * ROWS <= history:
+            least *= 2
+        steps = [s * least for s in (16, 8, 4, 2, 1)]
+        shapes = _channels_fastest_shapes(channels, 4 * width + 2, itemsize, steps=steps)
+    return _first_with_enough_programs(shapes, history, batch, length, channels, time_fastest, multiprocessors)
 
 
-def _programs(batch: int, length: int, channels: int, tile: Tile) -> int:
-    return batch * -(-length // tile.positions) * -(-channels // tile.block_c)
+ROWS = 8
 
 
-def _power_of_two(n: int) -> int:
-    """The least power of two that is n or more; 1 for 0."""
-    return 1 << max(0, n - 1).bit_length()
+def _time_fastest_shapes(itemsize: int) -> list[tuple[int, int, int, int, int]]:
+    """One channel per thread, so that only its weights are alive; a block of positions is one wide access."""
+    rows = max(4, 16 // itemsize)
+    return [(1, 32 * warps, rows, 1, warps) for warps in (4, 2, 1)]
+
+
+def _channels_fastest_shapes(
+    channels: int, alive: int, itemsize: int, steps: tuple[int, ...]
+) -> list[tuple[int, int, int, int, int]]:
+    """A thread takes as many neighbouring channels as a 16-byte access has, or as its registers allow."""
+    per_thread = max(2, 16 // itemsize)
+    while per_thread > 1 and per_thread * alive * max(1, itemsize // 4) > REGISTERS:
+        per_thread //= 2
+    block_c = min(32 * per_thread, 1 << max(0, channels - 1).bit_length())
+    groups = 32 * per_thread // block_c  # of a warp: several where the channels are few
+    shapes = [(block_c, 4 * groups, ROWS, count, 4) for count in steps]
+    return shapes + [(block_c, warps * groups, ROWS, steps[-1], warps) for warps in (2, 1)]
+
+
+def _first_with_enough_programs(
+    shapes: list[tuple[int, int, int, int, int]],
+    history: int,
+    batch: int,
+    length: int,
+    channels: int,
+    time_fastest: bool,
+    multiprocessors: int,
+) -> Tile:
+    """The largest of ``shapes``, which fall, that gives every multiprocessor its programs; else the smallest."""
+    for block_c, groups, rows, steps, warps in shapes:
+        tile = Tile(block_c, groups, rows, steps, warps, time_fastest, groups * (rows * steps - history))
+        programs = batch * -(-length // tile.positions) * -(-channels // block_c)
+        if programs >= PROGRAMS_PER_MULTIPROCESSOR * multiprocessors:
+            break
+    return tile

@@ -24,13 +24,16 @@ from torch import Tensor
 
 from jambatalk_kernels.causal_conv1d.heuristics import backward_tile, forward_tile, time_is_fastest
 
-__all__ = ["conv_backward", "conv_forward", "conv_step"]
+__all__ = ["ahead_of_time_cases", "conv_backward", "conv_forward", "conv_step"]
 
 EDGE_CHANNELS = 128
 LOCATE_POSITIONS = 128
 STEP_CHANNELS = 128
 SUM_CHANNELS = 32
 SUM_TILES = 32
+# Of the kernels' run-time integers, those that ahead_of_time_cases() takes as 1 and as no multiple of 16.
+_UNIT_STRIDES = ("weight_k", "bias_c", "state_c", "gf_c")
+_COUNTS = ("edges", "sequences", "tiles", "weight_c")
 
 
 @triton.jit
@@ -127,15 +130,18 @@ def _load_rows(
 
 
 @triton.jit
-def _store_rows(at, stride_t, t, length, valid, rows, ROWS: tl.constexpr, TIME_FASTEST: tl.constexpr):
-    """The tiles of positions t .. t + ROWS, where they lie before ``length``."""
+def _store_rows(at, stride_t, t, first, length, valid, rows, ROWS: tl.constexpr, TIME_FASTEST: tl.constexpr):
+    """The tiles of positions t .. t + ROWS, where they lie in [first, length); first None: they do not lie before."""
     if TIME_FASTEST:
         positions = t[:, :, None] + tl.arange(0, ROWS)[None, None, :]
         inside = (positions < length) & valid[:, :, None]
         _store(at[:, :, None] + positions * stride_t, _join(rows, ROWS), inside)
     else:
         for i in tl.static_range(ROWS):
-            _store(at + (t + i) * stride_t, rows[i], (t + i < length) & valid)
+            inside = (t + i < length) & valid
+            if first is not None:
+                inside = inside & (t + i >= first)
+            _store(at + (t + i) * stride_t, rows[i], inside)
 
 
 @triton.jit
@@ -151,18 +157,42 @@ def _load_weight(
 
 
 @triton.jit
-def _fill_history(rows, state, stride_row, t, valid, dtype: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr):
+def _last(parts, COUNT: tl.constexpr):
+    last = ()
+    for i in tl.static_range(len(parts) - COUNT, len(parts)):
+        last = last + (parts[i],)
+    return last
+
+
+@triton.jit
+def _fill_history(rows, state, stride_row, t, valid, dtype: tl.constexpr, WIDTH: tl.constexpr):
     """Rows of positions t - WIDTH + 1 on: those before position 0 (zero so far) from the initial state.
 
     state: the addresses of its row 0.
     """
     filled = ()
-    for i in tl.static_range(COUNT):
+    for i in tl.static_range(len(rows)):
         row = rows[i]
         if i < WIDTH - 1:
             row += _load(state + (t + i) * stride_row, (t + i < WIDTH - 1) & valid, dtype)
         filled = filled + (row,)
     return filled
+
+
+@triton.jit
+def _tile_parameters(
+    weight, bias, block_c, channels, weight_c, weight_k, bias_c, dtype: tl.constexpr, WIDTH: tl.constexpr,
+    PADDED: tl.constexpr, BLOCK_C: tl.constexpr, TIME_FASTEST: tl.constexpr,
+):  # fmt: skip
+    """-> the tile's channels, which of them exist, weights per tap, bias"""
+    c_flat = block_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = _channels(c_flat, TIME_FASTEST)
+    valid = c < channels
+    w = _load_weight(weight, c_flat, channels, weight_c, weight_k, dtype, WIDTH, PADDED, TIME_FASTEST)
+    b = tl.zeros_like(w[0])
+    if bias is not None:
+        b = _load(bias + c * bias_c, valid, dtype)
+    return c, valid, w, b
 
 
 @triton.jit
@@ -190,6 +220,16 @@ def _dot(weight, taps, bias, WIDTH: tl.constexpr):
     for k in tl.static_range(WIDTH):
         total += weight[k] * taps[k]
     return total
+
+
+@triton.jit
+def _sigmoid(x):
+    """In float32 as 1 / sqrt(.) squared: with exp2 it is two instructions, where a division takes eight."""
+    if x.dtype == tl.float64:
+        return 1.0 / (1.0 + tl.exp(-x))
+    else:
+        root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
+        return root * root
 
 
 @triton.jit
@@ -238,6 +278,29 @@ def _locate_kernel(bounds, sequence_of, ahead_of, length, sequences, SEARCH_STEP
 
 
 @triton.jit
+def _forward_edge(
+    program, x, initial_state, bounds, final_state, length, channels, x_batch, x_t, x_c, state_sequence, state_row,
+    state_c, dtype: tl.constexpr, HISTORY: tl.constexpr, EDGE_C: tl.constexpr,
+):  # fmt: skip
+    """The final state of one sequence and EDGE_C channels: its last inputs, or older rows of its initial state."""
+    edge_blocks = tl.cdiv(channels, EDGE_C)
+    sequence = (program // edge_blocks).to(tl.int64)
+    c = (program % edge_blocks).to(tl.int64) * EDGE_C + tl.arange(0, EDGE_C)
+    valid = c < channels
+    begin, end = _sequence(bounds, sequence, length)
+    x_edge = x + c * x_c
+    if bounds is None:
+        x_edge += sequence * x_batch
+    for row in tl.static_range(HISTORY):
+        t = end - HISTORY + row + 0 * c  # a vector: the interpreter does not combine a mask with a scalar
+        value = _load(x_edge + t * x_t, valid & (t >= begin), dtype)
+        if initial_state is not None:
+            at = initial_state + sequence * state_sequence + (t - begin + HISTORY) * state_row + c * state_c
+            value += _load(at, valid & (t < begin), dtype)
+        tl.store(final_state + (sequence * HISTORY + row) * channels + c, value, mask=valid)
+
+
+@triton.jit
 def _forward_kernel(
     x, weight, bias, initial_state, bounds, sequence_of, ahead_of, y, final_state,
     edges, length, channels,
@@ -254,53 +317,47 @@ def _forward_kernel(
     HISTORY: tl.constexpr = WIDTH - 1
     PACKED: tl.constexpr = bounds is not None
     if program < edges:
-        edge_blocks = tl.cdiv(channels, EDGE_C)
-        sequence = (program // edge_blocks).to(tl.int64)
-        c = (program % edge_blocks).to(tl.int64) * EDGE_C + tl.arange(0, EDGE_C)
-        valid = c < channels
-        begin, end = _sequence(bounds, sequence, length)
-        x_edge = x + c * x_c
-        if not PACKED:
-            x_edge += sequence * x_batch
-        for row in tl.static_range(HISTORY):
-            t = end - HISTORY + row + 0 * c  # a vector: the interpreter does not combine a mask with a scalar
-            value = _load(x_edge + t * x_t, valid & (t >= begin), dtype)
-            if initial_state is not None:
-                at = initial_state + sequence * state_sequence + (t - begin + HISTORY) * state_row + c * state_c
-                value += _load(at, valid & (t < begin), dtype)
-            tl.store(final_state + (sequence * HISTORY + row) * channels + c, value, mask=valid)
+        _forward_edge(
+            program, x, initial_state, bounds, final_state, length, channels, x_batch, x_t, x_c, state_sequence,
+            state_row, state_c, dtype, HISTORY, EDGE_C,
+        )  # fmt: skip
     else:
         POSITIONS: tl.constexpr = GROUPS * ROWS * STEPS
         batch, block_t, block_c = _place(program - edges, length, channels, BLOCK_C, POSITIONS, TIME_FASTEST)
-        c_flat = block_c * BLOCK_C + tl.arange(0, BLOCK_C)
-        c = _channels(c_flat, TIME_FASTEST)
-        valid = c < channels
-        w = _load_weight(weight, c_flat, channels, weight_c, weight_k, dtype, WIDTH, PADDED, TIME_FASTEST)
-        b = tl.zeros_like(w[0])
-        if bias is not None:
-            b = _load(bias + c * bias_c, valid, dtype)
-        state = None
+        c, valid, w, b = _tile_parameters(
+            weight, bias, block_c, channels, weight_c, weight_k, bias_c, dtype, WIDTH, PADDED, BLOCK_C, TIME_FASTEST
+        )
+        state = None  # the addresses of row 0
         if initial_state is not None:
             state = initial_state + c * state_c
             if not PACKED:
                 state += batch * state_sequence
+        x_tile = x + batch * x_batch + c * x_c
+        STRIDE: tl.constexpr = GROUPS * ROWS if TIME_FASTEST else ROWS
+        first = tl.arange(0, GROUPS) * (ROWS if TIME_FASTEST else ROWS * STEPS)
+        run = _sides(block_t * POSITIONS + first, TIME_FASTEST)
+        everywhere = run >= 0
+        history = ()
+        if not TIME_FASTEST:
+            history = _load_rows(x_tile, x_t, run, length, valid, 0, dtype, -HISTORY, HISTORY, ROWS, False)
+            if not PACKED and state is not None:
+                history = _fill_history(history, state, state_row, run, valid, dtype, WIDTH)
         for step in range(STEPS):
-            t = block_t * POSITIONS + step * (GROUPS * ROWS) + tl.arange(0, GROUPS) * ROWS
-            t = _sides(t, TIME_FASTEST)
-            rows = _load_rows(
-                x + batch * x_batch + c * x_c, x_t, t, length, valid, 0, dtype, -HISTORY, ROWS + HISTORY, ROWS,
-                TIME_FASTEST,
-            )  # fmt: skip
+            t = run + step * STRIDE
+            if TIME_FASTEST:
+                rows = _load_rows(x_tile, x_t, t, length, valid, 0, dtype, -HISTORY, ROWS + HISTORY, ROWS, True)
+                if not PACKED and state is not None:
+                    rows = _fill_history(rows, state, state_row, t, valid, dtype, WIDTH)
+            else:
+                rows = history + _load_rows(x_tile, x_t, t, length, valid, 0, dtype, 0, ROWS, ROWS, False)
+                history = _last(rows, HISTORY)
             if PACKED:
-                everywhere = t >= 0
                 ahead = _load_rows(
                     ahead_of + 0 * t, 1, t, length, everywhere, -1, tl.int32, 0, ROWS, ROWS, TIME_FASTEST
                 )
                 sequence = _load_rows(
                     sequence_of + 0 * t, 1, t, length, everywhere, 0, tl.int32, 0, ROWS, ROWS, TIME_FASTEST
                 )
-            elif initial_state is not None:
-                rows = _fill_history(rows, state, state_row, t, valid, dtype, WIDTH, ROWS + HISTORY)
             outputs = ()
             for r in tl.static_range(ROWS):
                 if PACKED:
@@ -311,21 +368,71 @@ def _forward_kernel(
                     taps = _taps(rows, r, None, None, None, 0, 0, valid, dtype, WIDTH, False)
                 total = _dot(w, taps, b, WIDTH)
                 if SILU:
-                    total = total / (1.0 + tl.exp(-total))
+                    total *= _sigmoid(total)
                 if PACKED:
                     total = tl.where(ahead[r] >= 0, total, 0.0)
                 outputs = outputs + (total,)
-            _store_rows(y + batch * y_batch + c * y_c, y_t, t, length, valid, outputs, ROWS, TIME_FASTEST)
+            _store_rows(y + batch * y_batch + c * y_c, y_t, t, None, length, valid, outputs, ROWS, TIME_FASTEST)
 
 
 @triton.jit
 def _slope(total, SILU: tl.constexpr):
     """The derivative of the activation at the sum before it."""
     if SILU:
-        gate = 1.0 / (1.0 + tl.exp(-total))
+        gate = _sigmoid(total)
         return gate * (1.0 + total * (1.0 - gate))
     else:
         return 1.0
+
+
+@triton.jit
+def _backward_edge(
+    program, grad_y, grad_final_state, x, weight, bias, initial_state, bounds, dinitial_state, length, channels,
+    g_batch, g_t, g_c, gf_sequence, gf_row, gf_c, x_batch, x_t, x_c, weight_c, weight_k, bias_c,
+    state_sequence, state_row, state_c, WIDTH: tl.constexpr, PADDED: tl.constexpr, SILU: tl.constexpr,
+    dtype: tl.constexpr, EDGE_C: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the initial state of one sequence and EDGE_C channels, from the sequence's first outputs."""
+    HISTORY: tl.constexpr = WIDTH - 1
+    edge_blocks = tl.cdiv(channels, EDGE_C)
+    sequence = (program // edge_blocks).to(tl.int64)
+    c_flat = (program % edge_blocks).to(tl.int64) * EDGE_C + tl.arange(0, EDGE_C)
+    c = c_flat[None, :]
+    valid = c < channels
+    begin, end = _sequence(bounds, sequence, length)
+    batch = sequence
+    if bounds is not None:
+        batch = sequence * 0
+    w = _load_weight(weight, c_flat, channels, weight_c, weight_k, dtype, WIDTH, PADDED, False)
+    b = tl.zeros_like(w[0])
+    if bias is not None:
+        b = _load(bias + c * bias_c, valid, dtype)
+    inputs = ()  # the initial state, then the sequence's first HISTORY inputs
+    for row in tl.static_range(HISTORY):
+        at = initial_state + sequence * state_sequence + row * state_row + c * state_c
+        inputs = inputs + (_load(at, valid, dtype),)
+    for i in tl.static_range(HISTORY):
+        t = begin + i + 0 * c
+        inputs = inputs + (_load(x + batch * x_batch + t * x_t + c * x_c, valid & (t < end), dtype),)
+    dpre = ()
+    for i in tl.static_range(HISTORY):
+        t = begin + i + 0 * c
+        grad = tl.zeros_like(b)
+        if grad_y is not None:
+            at = grad_y + batch * g_batch + t * g_t + c * g_c
+            grad = _load(at, valid & (t < end), dtype)
+        taps = _taps(inputs, i, None, None, None, 0, 0, valid, dtype, WIDTH, False)
+        dpre = dpre + (grad * _slope(_dot(w, taps, b, WIDTH), SILU),)
+    for row in tl.static_range(HISTORY):  # position row - HISTORY: it reaches the outputs 0 .. row
+        grad = tl.zeros_like(b)
+        for i in tl.static_range(row + 1):
+            grad += w[row - i] * dpre[i]
+        if grad_final_state is not None:
+            final_row = row - (end - begin) + 0 * c
+            at = grad_final_state + sequence * gf_sequence + final_row * gf_row + c * gf_c
+            grad += _load(at, valid & (final_row >= 0), dtype)
+        at = dinitial_state + (sequence * HISTORY + row) * channels + c
+        _store(at, grad, valid)
 
 
 @triton.jit
@@ -353,142 +460,118 @@ def _backward_kernel(
     HISTORY: tl.constexpr = WIDTH - 1
     PACKED: tl.constexpr = bounds is not None
     if program < edges:
-        edge_blocks = tl.cdiv(channels, EDGE_C)
-        sequence = (program // edge_blocks).to(tl.int64)
-        c_flat = (program % edge_blocks).to(tl.int64) * EDGE_C + tl.arange(0, EDGE_C)
-        c = c_flat[None, :]
-        valid = c < channels
-        begin, end = _sequence(bounds, sequence, length)
-        batch = sequence
-        if PACKED:
-            batch = sequence * 0
-        w = _load_weight(weight, c_flat, channels, weight_c, weight_k, dtype, WIDTH, PADDED, False)
-        b = tl.zeros_like(w[0])
-        if bias is not None:
-            b = _load(bias + c * bias_c, valid, dtype)
-        inputs = ()  # the initial state, then the sequence's first HISTORY inputs
-        for row in tl.static_range(HISTORY):
-            at = initial_state + sequence * state_sequence + row * state_row + c * state_c
-            inputs = inputs + (_load(at, valid, dtype),)
-        for i in tl.static_range(HISTORY):
-            t = begin + i + 0 * c
-            inputs = inputs + (_load(x + batch * x_batch + t * x_t + c * x_c, valid & (t < end), dtype),)
-        dpre = ()
-        for i in tl.static_range(HISTORY):
-            t = begin + i + 0 * c
-            grad = tl.zeros_like(b)
-            if grad_y is not None:
-                at = grad_y + batch * g_batch + t * g_t + c * g_c
-                grad = _load(at, valid & (t < end), dtype)
-            taps = _taps(inputs, i, None, None, None, 0, 0, valid, dtype, WIDTH, False)
-            dpre = dpre + (grad * _slope(_dot(w, taps, b, WIDTH), SILU),)
-        for row in tl.static_range(HISTORY):  # position row - HISTORY: it reaches the outputs 0 .. row
-            grad = tl.zeros_like(b)
-            for i in tl.static_range(row + 1):
-                grad += w[row - i] * dpre[i]
-            if grad_final_state is not None:
-                final_row = row - (end - begin) + 0 * c
-                at = grad_final_state + sequence * gf_sequence + final_row * gf_row + c * gf_c
-                grad += _load(at, valid & (final_row >= 0), dtype)
-            at = dinitial_state + (sequence * HISTORY + row) * channels + c
-            _store(at, grad, valid)
+        if initial_state is not None:  # else there are no edges
+            _backward_edge(
+                program, grad_y, grad_final_state, x, weight, bias, initial_state, bounds, dinitial_state, length,
+                channels, g_batch, g_t, g_c, gf_sequence, gf_row, gf_c, x_batch, x_t, x_c, weight_c, weight_k, bias_c,
+                state_sequence, state_row, state_c, WIDTH, PADDED, SILU, dtype, EDGE_C,
+            )  # fmt: skip
     else:
-        tile = program - edges
-        POSITIONS: tl.constexpr = GROUPS * ROWS * STEPS
-        AXIS: tl.constexpr = 1 if TIME_FASTEST else 0
-        EXTENDED: tl.constexpr = ROWS + HISTORY  # a run and what its inputs reach after it
-        batch, block_t, block_c = _place(tile, length, channels, BLOCK_C, POSITIONS, TIME_FASTEST)
-        c_flat = block_c * BLOCK_C + tl.arange(0, BLOCK_C)
-        c = _channels(c_flat, TIME_FASTEST)
-        valid = c < channels
-        w = _load_weight(weight, c_flat, channels, weight_c, weight_k, dtype, WIDTH, PADDED, TIME_FASTEST)
-        b = tl.zeros_like(w[0])
-        if bias is not None:
-            b = _load(bias + c * bias_c, valid, dtype)
-        state = None
+        # Channels fastest: a run walks on with the last inputs and the last dpre in registers and stores dx HISTORY
+        # positions behind, so that it ends HISTORY positions after those that it owns. Time fastest: every block of
+        # ROWS positions loads and computes the HISTORY positions around it as well.
+        BEHIND: tl.constexpr = 0 if TIME_FASTEST else HISTORY
+        OWNED: tl.constexpr = ROWS * STEPS - BEHIND
+        COUNT: tl.constexpr = ROWS + HISTORY - BEHIND  # positions whose dpre a step computes
+        POSITIONS: tl.constexpr = GROUPS * OWNED
+        batch, block_t, block_c = _place(program - edges, length, channels, BLOCK_C, POSITIONS, TIME_FASTEST)
+        c, valid, w, b = _tile_parameters(
+            weight, bias, block_c, channels, weight_c, weight_k, bias_c, dtype, WIDTH, PADDED, BLOCK_C, TIME_FASTEST
+        )
+        state = None  # the addresses of row 0
         if initial_state is not None:
             state = initial_state + c * state_c
             if not PACKED:
                 state += batch * state_sequence
-        sums = ()
-        for _ in tl.static_range(WIDTH + 1):
-            sums = sums + (tl.zeros([BLOCK_C, GROUPS] if TIME_FASTEST else [GROUPS, BLOCK_C], dtype),)
+        x_tile = x + batch * x_batch + c * x_c
+        STRIDE: tl.constexpr = GROUPS * ROWS if TIME_FASTEST else ROWS
+        first = tl.arange(0, GROUPS) * (ROWS if TIME_FASTEST else OWNED)
+        run = _sides(block_t * POSITIONS + first, TIME_FASTEST)
+        everywhere = run >= 0
+        zero = tl.zeros([BLOCK_C, GROUPS] if TIME_FASTEST else [GROUPS, BLOCK_C], dtype)
+        sums = (zero,)
+        for _ in tl.static_range(WIDTH):
+            sums = sums + (zero,)
+        history = ()
+        dpre = ()
+        if not TIME_FASTEST:
+            history = _load_rows(x_tile, x_t, run, length, valid, 0, dtype, -HISTORY, HISTORY, ROWS, False)
+            if not PACKED and state is not None:
+                history = _fill_history(history, state, state_row, run, valid, dtype, WIDTH)
+            for _ in tl.static_range(HISTORY):
+                dpre = dpre + (zero,)
         for step in range(STEPS):
-            t = block_t * POSITIONS + step * (GROUPS * ROWS) + tl.arange(0, GROUPS) * ROWS
-            t = _sides(t, TIME_FASTEST)
-            rows = _load_rows(
-                x + batch * x_batch + c * x_c, x_t, t, length, valid, 0, dtype, -HISTORY, EXTENDED + HISTORY, ROWS,
-                TIME_FASTEST,
-            )  # fmt: skip
+            t = run + step * STRIDE
+            if TIME_FASTEST:
+                rows = _load_rows(x_tile, x_t, t, length, valid, 0, dtype, -HISTORY, COUNT + HISTORY, ROWS, True)
+                if not PACKED and state is not None:
+                    rows = _fill_history(rows, state, state_row, t, valid, dtype, WIDTH)
+            else:
+                rows = history + _load_rows(x_tile, x_t, t, length, valid, 0, dtype, 0, COUNT, ROWS, False)
+                history = _last(rows, HISTORY)
             if grad_y is not None:
-                grads = _load_rows(
-                    grad_y + batch * g_batch + c * g_c,
-                    g_t,
-                    t,
-                    length,
-                    valid,
-                    0.0,
-                    dtype,
-                    0,
-                    EXTENDED,
-                    ROWS,
-                    TIME_FASTEST,
-                )
-            if PACKED:
-                everywhere = t >= 0
+                g_tile = grad_y + batch * g_batch + c * g_c
+                grads = _load_rows(g_tile, g_t, t, length, valid, 0, dtype, 0, COUNT, ROWS, TIME_FASTEST)
+            if PACKED:  # as dpre: from position t - BEHIND on
                 ahead = _load_rows(
-                    ahead_of + 0 * t, 1, t, length, everywhere, -1, tl.int32, 0, EXTENDED, ROWS, TIME_FASTEST
-                )
+                    ahead_of + 0 * t, 1, t, length, everywhere, -1, tl.int32, -BEHIND, COUNT + BEHIND, ROWS,
+                    TIME_FASTEST,
+                )  # fmt: skip
                 sequence = _load_rows(
-                    sequence_of + 0 * t, 1, t, length, everywhere, 0, tl.int32, 0, EXTENDED, ROWS, TIME_FASTEST
-                )
-            elif initial_state is not None:
-                rows = _fill_history(rows, state, state_row, t, valid, dtype, WIDTH, EXTENDED + HISTORY)
-            dpre = ()
-            for r in tl.static_range(EXTENDED):
-                grad = tl.zeros_like(sums[0])
+                    sequence_of + 0 * t, 1, t, length, everywhere, 0, tl.int32, -BEHIND, COUNT + BEHIND, ROWS,
+                    TIME_FASTEST,
+                )  # fmt: skip
+            outputs = ()
+            for i in tl.static_range(COUNT):
+                grad = zero
                 if grad_y is not None:
                     if PACKED:
                         taps = _taps(
-                            rows, r, ahead[r], sequence[r], state, state_sequence, state_row, valid, dtype, WIDTH, True
-                        )
+                            rows, i, ahead[BEHIND + i], sequence[BEHIND + i], state, state_sequence, state_row, valid,
+                            dtype, WIDTH, True,
+                        )  # fmt: skip
                     else:
-                        taps = _taps(rows, r, None, None, None, 0, 0, valid, dtype, WIDTH, False)
-                    grad = grads[r] * _slope(_dot(w, taps, b, WIDTH), SILU)
+                        taps = _taps(rows, i, None, None, None, 0, 0, valid, dtype, WIDTH, False)
+                    grad = grads[i] * _slope(_dot(w, taps, b, WIDTH), SILU)
                     if PACKED:
-                        grad = tl.where(ahead[r] >= 0, grad, 0.0)
-                    if r < ROWS:
+                        grad = tl.where(ahead[BEHIND + i] >= 0, grad, 0.0)
+                    if i < ROWS:
+                        own = grad
+                        if BEHIND + i >= ROWS:  # the run's last positions are the next one's
+                            own = tl.where(t + i < run + OWNED, grad, 0.0)
                         added = ()
                         for k in tl.static_range(WIDTH):
-                            added = added + (sums[k] + grad * taps[k],)
-                        sums = added + (sums[WIDTH] + grad,)
+                            added = added + (sums[k] + own * taps[k],)
+                        sums = added + (sums[WIDTH] + own,)
                 dpre = dpre + (grad,)
-            outputs = ()
-            for r in tl.static_range(ROWS):
-                total = w[HISTORY] * dpre[r]
-                for d in tl.static_range(1, WIDTH):
-                    if PACKED:  # only within one sequence
-                        total += w[HISTORY - d] * tl.where(ahead[r + d] >= d, dpre[r + d], 0.0)
-                    else:
-                        total += w[HISTORY - d] * dpre[r + d]
-                if grad_final_state is not None:
-                    # The final state holds the sequence's last inputs.
-                    if PACKED:
-                        of = sequence[r].to(tl.int64)
-                        inside = valid & (ahead[r] >= 0)
-                        final_row = t + r - tl.load(bounds + of + 1) + HISTORY
+                if BEHIND + i >= HISTORY:  # every output that the input of that many positions ago reaches is known
+                    total = w[HISTORY] * dpre[BEHIND + i - HISTORY]
+                    for k in tl.static_range(HISTORY):
+                        reached = dpre[BEHIND + i - k]
+                        if PACKED:  # only within one sequence
+                            reached = tl.where(ahead[BEHIND + i - k] >= HISTORY - k, reached, 0.0)
+                        total += w[k] * reached
+                    if grad_final_state is not None:  # which holds the sequence's last inputs
+                        position = t + (i - HISTORY)
+                        if PACKED:
+                            of = sequence[BEHIND + i - HISTORY].to(tl.int64)
+                            inside = valid & (ahead[BEHIND + i - HISTORY] >= 0)
+                            final_row = position - tl.load(bounds + of + 1) + HISTORY
+                        else:
+                            of = batch
+                            inside = valid & (position < length)
+                            final_row = position - length + HISTORY
                         at = grad_final_state + of * gf_sequence + final_row * gf_row + c * gf_c
-                    else:
-                        inside = valid & (t + r < length)
-                        final_row = t + r - length + HISTORY
-                        at = grad_final_state + batch * gf_sequence + final_row * gf_row + c * gf_c
-                    total += _load(at, inside & (final_row >= 0), dtype)
-                outputs = outputs + (total,)
-            _store_rows(dx + batch * dx_batch + c * dx_c, dx_t, t, length, valid, outputs, ROWS, TIME_FASTEST)
+                        total += _load(at, inside & (final_row >= 0), dtype)
+                    outputs = outputs + (total,)
+            dpre = _last(dpre, BEHIND)
+            dx_tile = dx + batch * dx_batch + c * dx_c
+            _store_rows(dx_tile, dx_t, t - BEHIND, run, length, valid, outputs, ROWS, TIME_FASTEST)
         tile_of_time = batch * tl.cdiv(length, POSITIONS) + block_t
+        c_flat = block_c * BLOCK_C + tl.arange(0, BLOCK_C)
         for k in tl.static_range(WIDTH + 1):
             at = partial + (tile_of_time * (WIDTH + 1) + k) * channels + c_flat
-            tl.store(at, tl.sum(sums[k], axis=AXIS), mask=c_flat < channels)
+            tl.store(at, tl.sum(sums[k], axis=1 if TIME_FASTEST else 0), mask=c_flat < channels)
 
 
 @triton.jit
@@ -540,7 +623,7 @@ def _step_kernel(
         total += _load(bias + c * bias_c, valid, dtype)
     total = _dot(w, rows, total, WIDTH)
     if SILU:
-        total = total / (1.0 + tl.exp(-total))
+        total *= _sigmoid(total)
     _store(y + batch * channels + c, total, valid)
     tl.debug_barrier()  # every row is read before one is overwritten, whichever threads hold them
     for row in tl.static_range(WIDTH - 1):
@@ -672,3 +755,69 @@ def conv_step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sil
             width, _power_of_two(width), silu, _compute_dtype(x)[1], STEP_CHANNELS, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return y
+
+
+def ahead_of_time_cases() -> list[dict]:
+    """Configurations that a compiler without a GPU can be asked for, as tests/jambatalk_kernels/gpu_code.py wants them.
+
+    Tiles are those of a large input on 132 multiprocessors. ":16" and the strides of 1 are what a launch finds out.
+    """
+    pointers = {
+        "bounds": "*i32", "sequence_of": "*i32", "ahead_of": "*i32", "final_state": "*fp32", "partial": "*fp32",
+        "grad_final_state": "*fp32", "initial_state": "*fp32", "dinitial_state": "*fp32",
+    }  # fmt: skip
+
+    def case(name, kernel, element, constexprs, absent=(), time_fastest=False, warps=4):
+        constexprs = {**constexprs, **dict.fromkeys(absent)}
+        if "WIDTH" in kernel.arg_names and "PADDED" in kernel.arg_names:
+            constexprs |= {"PADDED": _power_of_two(constexprs["WIDTH"]), "dtype": tl.float32}
+        for stride in kernel.arg_names:
+            along_time, along_channels = (
+                stride in ("x_t", "y_t", "g_t", "dx_t"),
+                stride in ("x_c", "y_c", "g_c", "dx_c"),
+            )
+            if (along_time and time_fastest) or (along_channels and not time_fastest) or stride in _UNIT_STRIDES:
+                constexprs[stride] = 1
+        tensors = ("x", "y", "weight", "bias", "state", "grad_y", "dx", "dweight", "dbias", "initial_state")
+        signature = {}
+        for argument in kernel.arg_names:
+            if argument in pointers:
+                signature[argument] = pointers[argument] + ":16"
+            elif argument in tensors:
+                signature[argument] = f"*{element}:16"
+            elif argument not in constexprs:
+                signature[argument] = "i32" if argument in _COUNTS else "i32:16"
+        return {
+            "name": name, "kernel": kernel, "signature": signature, "constexprs": constexprs, "num_warps": warps,
+            "num_stages": 3,
+        }  # fmt: skip
+
+    def tiled(direction, element, width, time_fastest=False, packed=False, state=False):
+        kernel, choose = (
+            (_forward_kernel, forward_tile) if direction == "forward" else (_backward_kernel, backward_tile)
+        )
+        tile = choose(8, 2048, 4096, width, 4 if element == "fp32" else 2, time_fastest, 132)
+        absent = () if packed else ("bounds", "sequence_of", "ahead_of")
+        absent += () if state else ("initial_state", "grad_final_state")
+        constexprs = {
+            "WIDTH": width, "SILU": True, "BLOCK_C": tile.block_c, "GROUPS": tile.groups, "ROWS": tile.rows,
+            "STEPS": tile.steps, "TIME_FASTEST": time_fastest, "EDGE_C": EDGE_CHANNELS,
+        }  # fmt: skip
+        words = [direction, element, f"width {width}"]
+        words += ["time fastest"] * time_fastest + ["packed"] * packed + ["state"] * state
+        absent = tuple(name for name in absent if name in kernel.arg_names)
+        return case(", ".join(words), kernel, element, constexprs, absent, time_fastest, tile.warps)
+
+    return [
+        *(
+            tiled(direction, *what)
+            for direction in ("forward", "backward")
+            for what in (
+                ("bf16", 4), ("fp32", 4), ("bf16", 8), ("bf16", 16), ("bf16", 4, True), ("bf16", 16, True),
+                ("bf16", 4, False, False, True), ("bf16", 4, False, True, True), ("bf16", 4, True, True, True),
+            )
+        ),
+        case("step", _step_kernel, "bf16", {"WIDTH": 4, "SILU": True, "BLOCK_C": STEP_CHANNELS}),
+        case("sum", _sum_kernel, "bf16", {"WIDTH": 4, "BLOCK_TILES": SUM_TILES, "BLOCK_C": SUM_CHANNELS}),
+        case("locate", _locate_kernel, "bf16", {"SEARCH_STEPS": 5, "BLOCK": LOCATE_POSITIONS}),
+    ]  # fmt: skip
