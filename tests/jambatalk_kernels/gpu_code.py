@@ -7,6 +7,7 @@ disassembler of Triton's wheel turns into SASS. Everything is compiled once per 
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 import importlib.util
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,6 +48,7 @@ class Code:
     spill_bytes: int = 0
     shared_bytes: int = 0
     warps: int = 0
+    constants: dict[str, int] = field(default_factory=dict)  # of a Triton kernel: its integer constexprs
 
     def count(self, pattern: str) -> int:
         """Instructions whose opcode begins with ``pattern``, a regular expression: ``LDG.*\\.128``, ``MUFU\\.EX2``."""
@@ -55,25 +58,25 @@ class Code:
     def histogram(self) -> Counter[str]:
         return Counter(each.opcode.split(".")[0] for each in self.instructions)
 
-    def loops(self) -> list[Code]:
-        """Every stretch that a backward branch repeats, innermost ones (those that hold no other) first."""
+    def innermost_loops(self) -> list[Code]:
+        """Every stretch that a backward branch repeats and that holds no other such stretch."""
         spans = set()
         for each in self.instructions:
             target = re.search(r"BRA\S*\s.*?\(?(\.L_x_\w+)\)?", each.text)
             if target and self.labels.get(target[1], each.address) < each.address:
                 spans.add((self.labels[target[1]], each.address))
 
-        def holds_another(span):
-            return any(o != span and span[0] <= o[0] and o[1] <= span[1] for o in spans)
-
         return [
             Code(self.name, tuple(i for i in self.instructions if start <= i.address <= end))
-            for start, end in sorted(spans, key=lambda span: (holds_another(span), span))
+            for start, end in sorted(spans)
+            if not any(other != (start, end) and start <= other[0] and other[1] <= end for other in spans)
         ]
 
     def hot_loop(self, pattern: str) -> Code:
         """The innermost loop with the most instructions of ``pattern``; the whole kernel where no loop has any."""
-        best = max(self.loops(), key=lambda loop: (loop.count(pattern), -len(loop.instructions)), default=self)
+        best = max(
+            self.innermost_loops(), key=lambda loop: (loop.count(pattern), -len(loop.instructions)), default=self
+        )
         return best if best.count(pattern) else self
 
     @property
@@ -136,9 +139,10 @@ def disassemble(cubin: Path) -> dict[str, Code]:
 
 
 @functools.cache
-def compile_triton(module: str, capability: int) -> dict[str, Code]:
-    """Every case that ``module.ahead_of_time_cases()`` lists, compiled for ``capability`` (90 for sm_90); by name.
+def compile_triton(module: str, capability: int, only: tuple[str, ...] = ()) -> dict[str, Code]:
+    """The cases that ``module.ahead_of_time_cases()`` lists, compiled for ``capability`` (90 for sm_90); by name.
 
+    ``only``: the names of those wanted, where not all.
     A case is a dict: ``name``; ``kernel``, the jitted function; ``signature``, the type of every parameter, ":16" where
     a launch sees a multiple of 16; ``constexprs``; ``num_warps`` and ``num_stages``.
     """
@@ -149,7 +153,10 @@ def compile_triton(module: str, capability: int) -> dict[str, Code]:
         # The default of today's Triton, said aloud, since it warns that it will change.
         environment.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
         done = subprocess.run(
-            [sys.executable, __file__, module, str(capability), folder], env=environment, capture_output=True, text=True
+            [sys.executable, __file__, module, str(capability), folder, *only],
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         if done.returncode:
             raise AssertionError(f"{module} does not compile for sm_{capability}:\n{done.stderr[-4000:]}")
@@ -160,7 +167,7 @@ def compile_triton(module: str, capability: int) -> dict[str, Code]:
             usage = resource_usage(cubin)[code.name]
             codes[facts["name"]] = Code(
                 facts["name"], code.instructions, code.labels, usage["REG"], usage["STACK"],
-                shared_bytes=facts["shared"], warps=facts["warps"],
+                shared_bytes=facts["shared"], warps=facts["warps"], constants=facts["constants"],
             )  # fmt: skip
         return codes
 
@@ -174,7 +181,7 @@ def resource_usage(cubin: Path) -> dict[str, dict[str, int]]:
     }
 
 
-def _compile_cases(module: str, capability: int, folder: Path) -> None:
+def _compile_cases(module: str, capability: int, folder: Path, only: list[str]) -> None:
     """In the process of its own: write the cubins and what the launcher would ask for."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -182,6 +189,8 @@ def _compile_cases(module: str, capability: int, folder: Path) -> None:
 
     facts = []
     for index, case in enumerate(importlib.import_module(module).ahead_of_time_cases()):
+        if only and case["name"] not in only:
+            continue
         names = case["kernel"].arg_names
         constexprs = dict(case["constexprs"])
         signature, attributes = {}, {}
@@ -198,7 +207,13 @@ def _compile_cases(module: str, capability: int, folder: Path) -> None:
         cubin = f"{index}.cubin"
         (folder / cubin).write_bytes(compiled.asm["cubin"])
         metadata = compiled.metadata
-        facts.append({"name": case["name"], "cubin": cubin, "shared": metadata.shared, "warps": metadata.num_warps})
+        constants = {name: value for name, value in constexprs.items() if type(value) is int}
+        facts.append(
+            {
+                "name": case["name"], "cubin": cubin, "shared": metadata.shared, "warps": metadata.num_warps,
+                "constants": constants,
+            }
+        )  # fmt: skip
     (folder / "cases.json").write_text(json.dumps(facts))
 
 
@@ -206,13 +221,22 @@ def _compile_cases(module: str, capability: int, folder: Path) -> None:
 
 
 @functools.cache
+def setup_constant(name: str) -> list[str]:
+    """A list that setup.py names, such as the flags that the kernels are built with; setup.py itself would build."""
+    for node in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == name:
+            return ast.literal_eval(node.value)
+    raise LookupError(f"setup.py assigns no {name}")
+
+
+@functools.cache
 def compile_cuda(source: str, architecture: str) -> dict[str, Code]:
-    """One file of csrc/cuda for "sm_89" and so on; -> its kernels by demangled name, template arguments included."""
+    """One .cu file, its path from the root, for "sm_89" and so on; -> its kernels by name with template arguments."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "code.cubin"
         command = [
-            nvcc(), "-cubin", f"-arch={architecture}", "-std=c++20", "-O3", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}",
-            str(ROOT / "csrc" / "cuda" / source), "-o", str(cubin),
+            nvcc(), *setup_constant("NVCC_FLAGS"), "-cubin", f"-arch={architecture}", "-Xptxas", "-v",
+            f"-I{ROOT / 'csrc'}", str(ROOT / source), "-o", str(cubin),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -220,9 +244,15 @@ def compile_cuda(source: str, architecture: str) -> dict[str, Code]:
         report = ptxas_report(done.stderr)
         codes = {}
         for mangled, code in disassemble(cubin).items():
-            name = demangle(mangled)
+            name = kernel_name(mangled)
             codes[name] = Code(name, code.instructions, code.labels, **report[mangled])
         return codes
+
+
+def compile_cuda_at_once(work: list[tuple[str, str]]) -> None:
+    """Compile several (source, architecture) side by side; afterwards compile_cuda has them."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda each: compile_cuda(*each), work))
 
 
 def ptxas_report(text: str) -> dict[str, dict[str, int]]:
@@ -243,12 +273,17 @@ def ptxas_report(text: str) -> dict[str, dict[str, int]]:
     return report
 
 
-def demangle(name: str) -> str:
+def kernel_name(mangled: str) -> str:
+    """scan_forward_kernel<4, 4, 16>"""
     tool = shutil.which("cu++filt") or shutil.which("c++filt")
     if tool is None:
-        return name
-    return subprocess.run([tool, name], capture_output=True, text=True, check=True).stdout.strip()
+        raise FileNotFoundError("c++filt (binutils) is not installed")
+    name = subprocess.run([tool, mangled], capture_output=True, text=True, check=True).stdout.strip()
+    name = name.replace("(anonymous namespace)::", "").split("(")[0]
+    found = re.search(r"(\w+)(<.*>)?$", name)
+    assert found, name
+    return found[0]
 
 
 if __name__ == "__main__":
-    _compile_cases(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    _compile_cases(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])

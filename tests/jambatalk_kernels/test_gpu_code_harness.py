@@ -48,10 +48,10 @@ def test_triton_samples():
 def test_cuda_samples(tmp_path):
     source = tmp_path / "samples.cu"
     source.write_text(BAD_AND_GOOD)
-    codes = {name.split("(")[0].removeprefix("void "): c for name, c in gpu_code.compile_cuda(source, "sm_89").items()}
+    codes = gpu_code.compile_cuda(str(source), "sm_89")
     assert set(codes) == {"narrow", "wide<64>", "local"}
     assert codes["wide<64>"].count(r"LDG\.E\.128") >= 1 and codes["narrow"].count(r"LDG\.E\.128") == 0
-    assert codes["wide<64>"].loops() and codes["narrow"].loops()
+    assert codes["wide<64>"].innermost_loops() and codes["narrow"].innermost_loops()
     assert codes["local"].local_memory > 0 and codes["local"].stack_bytes == 256
     assert codes["local"].shared_bytes == 1024 and codes["narrow"].spill_bytes == 0
     assert codes["narrow"].registers > 0

@@ -1,0 +1,74 @@
+"""What nvcc makes of csrc/cuda/*.cu, without a GPU: every kernel within the budget that stands above it, no spills."""
+
+import re
+
+import gpu_code
+import pytest
+
+if gpu_code.nvcc() is None:
+    pytest.skip("there is no nvcc on this machine, so the CUDA C++ kernels are not compiled", allow_module_level=True)
+if gpu_code.missing_tools() is not None:
+    pytest.skip(gpu_code.missing_tools(), allow_module_level=True)
+
+SOURCES = sorted(f"csrc/cuda/{path.name}" for path in (gpu_code.ROOT / "csrc" / "cuda").glob("*.cu"))
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
+SCAN = "csrc/cuda/selective_scan.cu"
+
+
+def budgets(source):
+    """Kernel -> (registers, spills, shared), from the comment above each ``__global__``."""
+    text = (gpu_code.ROOT / source).read_text()
+    kernels = re.findall(r"__global__\s+void\s+(?:__launch_bounds__\(.*\)\s+)?(\w+)\(", text)
+    found = re.findall(
+        r"^// budget: registers <= (\d+), spills (\d+), shared <= (\d+)\n"
+        r"(?:template .*\n)?__global__ void\s+(?:__launch_bounds__\(.*\)\s+)?(\w+)\(",
+        text,
+        re.M,
+    )
+    table = {name: tuple(int(number) for number in numbers) for *numbers, name in found}
+    assert set(table) == set(kernels), f"{source}: kernels without a budget: {set(kernels) - set(table)}"
+    return table
+
+
+def check(source, architecture):
+    table = budgets(source)
+    codes = gpu_code.compile_cuda(source, architecture)
+    compiled = {name.split("<")[0] for name in codes}
+    assert compiled == set(table), f"{source}: compiled {compiled}, budgets for {set(table)}"
+    for name, code in codes.items():
+        registers, spills, shared = table[name.split("<")[0]]
+        where = f"{name} on {architecture}"
+        assert code.registers <= registers, f"{where}: {code.registers} registers, budget {registers}"
+        assert code.spill_bytes <= spills, f"{where}: {code.spill_bytes} bytes spilled, budget {spills}"
+        assert code.shared_bytes <= min(shared, gpu_code.SHARED_LIMIT[89]), f"{where}: {code.shared_bytes} bytes shared"
+        if spills == 0:
+            assert code.local_memory == 0 and code.stack_bytes == 0, f"{where}: an array lies in local memory"
+
+
+def test_every_kernel_has_a_budget():
+    assert sum(len(budgets(source)) for source in SOURCES) >= 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_budgets(architecture):
+    gpu_code.compile_cuda_at_once([(source, architecture) for source in SOURCES])
+    for source in SOURCES:
+        check(source, architecture)
+
+
+def test_scan_forward_inner_loop():
+    """For 16 states: two lanes of eight states, four positions at a time."""
+    check(SCAN, "sm_90a")
+    (code,) = (c for name, c in gpu_code.compile_cuda(SCAN, "sm_90a").items() if "scan_forward_kernel<2, 8" in name)
+    loop = code.hot_loop(r"MUFU\.EX2")
+    elements = 4 * 8 / 16  # four positions of half a channel
+    # Of the exponentials a few may be polynomials, since the special-function unit would bind alone.
+    assert elements * 14 <= loop.count(r"MUFU\.EX2") == loop.count(r"MUFU") <= elements * 16
+    assert loop.count(r"FMUL|FFMA|FADD") <= elements * (16 * 4 + 20)
+    assert loop.count(r"SHFL") <= elements * 3
+    assert loop.count(r"BAR|LDG|STG") == 0, "no barrier and no global memory in a step"
+    assert loop.count(r"LDS\.128") >= 0.8 * loop.count(r"LDS"), "shared memory is read 16 bytes at a time"
+    assert len(loop.instructions) <= elements * 110
+    # Tiles come by asynchronous copies of 16 bytes.
+    assert code.count(r"LDGSTS.*\.128") > 0
