@@ -139,8 +139,8 @@ def _backends() -> dict[str, str]:
 
 
 def _op(op: str, written: tuple[str, ...]) -> dict:
-    """What this op runs on for CPU tensors and for GPU tensors, when nothing is forced, and on which GPUs its CUDA kernel
-    has been shown to be right. Without a GPU here: what one of sm_80 would run."""
+    """What this op runs on for CPU tensors and for GPU tensors when nothing is forced (without a GPU here: what one of
+    sm_80 would run), and on which GPUs its CUDA kernel has been shown to be right."""
     on_cpu = "cpu" if "cpu" in written and backends.native_library()[0] else "reference"
     if torch.cuda.is_available():
         options = backends.candidates(op, torch.empty(0, device="cuda"))

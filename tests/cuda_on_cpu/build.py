@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -24,8 +25,8 @@ BUILT = ROOT / "build" / "cuda_on_cpu"
 
 
 def load() -> SimpleNamespace:
-    """-> the ops (selective_scan, causal_conv1d and so on: the schemas of csrc/schemas.h) on CPU tensors, and
-    ``order(backwards)``, which turns the order of threads and blocks around."""
+    """-> the ops (selective_scan, causal_conv1d and so on: the schemas of csrc/schemas.h) on CPU tensors, the library
+    itself, and ``order(backwards)``, which turns the order of threads and blocks around."""
     if shutil.which("g++") is None:
         pytest.skip("no g++: the CUDA kernels cannot be compiled for the host")
     return _load()
@@ -35,15 +36,17 @@ def load() -> SimpleNamespace:
 def _load() -> SimpleNamespace:
     import torch
 
-    library = build()
-    torch.ops.load_library(str(library))
+    path = build(*shlex.split(os.environ.get("CUDA_ON_CPU_FLAGS", "")))
+    torch.ops.load_library(str(path))
     ops = torch.ops.jambatalk_cuda_on_cpu
     names = ("selective_scan", "causal_conv1d")
     functions = {
         name + kind: getattr(ops, name + kind).default for name in names for kind in ("", "_backward", "_step")
     }
-    order = ctypes.CDLL(str(library)).cuda_on_cpu_order
-    return SimpleNamespace(**functions, order=lambda backwards: order(int(backwards)))
+    library = ctypes.CDLL(str(path))
+    return SimpleNamespace(
+        **functions, library=library, order=lambda backwards: library.cuda_on_cpu_order(int(backwards))
+    )
 
 
 def build(*flags: str) -> Path:
@@ -52,7 +55,11 @@ def build(*flags: str) -> Path:
     ``flags`` are added to every compile and link.
     """
     torch = Path(importlib.util.find_spec("torch").origin).parent
-    sources = [*sorted(CSRC.glob("cuda/*.cu")), CSRC / "cuda" / "binding.cpp", *sorted(HERE.glob("*.cpp"))]
+    sources = [
+        *sorted(CSRC.glob("cuda/*.cu")),
+        CSRC / "cuda" / "binding.cpp",
+        *sorted([*HERE.glob("*.cpp"), *HERE.glob("*.cu")]),
+    ]
     options = ["-std=c++20", "-O1", "-g1", "-fPIC", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
     options += [
         "-Wno-unused-parameter",

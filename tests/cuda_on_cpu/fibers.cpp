@@ -145,16 +145,21 @@ bool release_warp(size_t first) {
 }
 
 bool release_block() {
+  const auto at_barrier = [](const Fiber& fiber) {
+    return fiber.state == Fiber::kWaiting && fiber.operation == Operation::kBarrier;
+  };
+  const auto together = [&](const Fiber& a, const Fiber& b) {
+    return at_barrier(a) && at_barrier(b) && a.line == b.line && std::strcmp(a.file, b.file) == 0;
+  };
+  const Fiber* first = fibers[0].get();
   for (size_t i = 0; i < threads; ++i) {
-    const Fiber &fiber = *fibers[i], &one = *fibers[0];
-    if (fiber.state == Fiber::kWaiting && fiber.operation == Operation::kBarrier && one.state == Fiber::kWaiting &&
-        one.operation == Operation::kBarrier && fiber.line == one.line && std::strcmp(fiber.file, one.file) == 0) {
-      continue;
+    if (together(*first, *fibers[i])) continue;
+    // Name two that wait for different things.
+    const Fiber* other = fibers[i].get();
+    for (size_t j = 0; j < threads && other->state == first->state && other->line == first->line; ++j) {
+      other = fibers[j].get();
     }
-    if (error.empty()) {
-      error = "the threads of a block have parted: " + describe(one) + "; " + describe(fiber);
-      if (fiber.state == Fiber::kEnded || one.state == Fiber::kEnded) error += " (every thread must reach a barrier)";
-    }
+    error = "the threads of a block have parted: " + describe(*first) + "; " + describe(*other);
     return false;
   }
   for (size_t i = 0; i < threads; ++i) fibers[i]->state = Fiber::kReady;
