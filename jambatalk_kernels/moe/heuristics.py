@@ -52,6 +52,11 @@ class TilePlan(NamedTuple):
     num_stages: int
 
 
+class Device(NamedTuple):
+    capability: tuple[int, int]
+    multiprocessors: int
+
+
 # What one block may use of shared memory (CUDA programming guide), less what the compiler adds to the pipeline's tiles.
 _SHARED = {(8, 0): 163 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024}
 _SHARED_ELSEWHERE = 99 * 1024
@@ -62,49 +67,67 @@ def product_plan(
     rows: int,
     columns: int,
     depth: int,
+    experts: int,
     itemsize: int,
-    capability: tuple[int, int],
+    device: Device,
+    *,
+    even: bool = False,
     operands: int = 1,
     long_epilogue: bool = False,
 ) -> TilePlan:
-    """Tiles for (rows, depth) x (depth, columns), where `rows` is what one expert has on average.
+    """Tiles for `experts` products (rows, depth) x (depth, columns), where `rows` is what an expert has on average.
 
+    As near to square as registers allow, and smaller where that would leave processors idle or fill tiles by less than
+    three quarters. float32 runs on the FMA units (or in TF32), with smaller tiles.
+
+    even: every expert has just `rows`.
     operands: matrices on the right that share the left one and have an accumulator each (swiglu's gate and up: 2).
     long_epilogue: what follows the product needs registers too, so each thread has a smaller part of the tile.
-    Few rows: the weights' bytes are the limit, so the tile is low and its loads long. Many rows: as near to square as
-    registers allow. float32 runs on the FMA units (or in TF32) with smaller tiles.
     """
-    block_m = min(max(next_power_of_2(rows), 16), 128 if itemsize == 2 else 64)
-    large = itemsize == 2 and block_m == 128
-    wide = large and capability[0] in (9, 10)  # they have wgmma or more, and 227 KB of shared memory
-    total_n = 256 if wide and not long_epilogue else 128 if itemsize == 2 and block_m >= 64 else 64
-    block_n = min(total_n // operands, max(next_power_of_2(columns), 16))
-    block_k = 128 // itemsize if wide or block_m <= 32 else 64 // itemsize
+    half = itemsize == 2
+    warp_groups = half and device.capability[0] in (9, 10)  # wgmma or newer, and 227 KB of shared memory
+    fitting = next_power_of_2(rows) if even else next_power_of_2(rows + 1) // 4  # the last tile: half full on average
+    block_m = min(max(fitting, 16), 128 if half else 64)
+    block_n = (256 if warp_groups and block_m == 128 and not long_epilogue else 128 if half else 64) // operands
+    block_n = min(block_n, max(next_power_of_2(columns), 16))
+    while experts * _cdiv(rows, block_m) * _cdiv(columns, block_n) < device.multiprocessors:
+        if block_n > 32 and (block_n * operands >= block_m or block_m <= 32):
+            block_n //= 2
+        elif block_m > 32:
+            block_m //= 2
+        else:
+            break
+    tile = block_m * block_n * operands
+    block_k = 16 if not half else 64 if warp_groups or tile <= 64 * 64 else 32
     block_k = min(block_k, max(next_power_of_2(depth), 16))
-    num_warps = 8 if wide or large and long_epilogue else 4
-    stages = _stages(block_m, block_n * operands, block_k, itemsize, capability)
+    # 128 registers per thread for the accumulators, or 64.
+    num_warps = 8 if tile > 128 * 128 or (tile == 128 * 128 and long_epilogue) else 4
+    room = _SHARED.get(device.capability, _SHARED_ELSEWHERE) - _SHARED_RESERVE
+    stages = min(4, room // ((block_m + block_n * operands) * block_k * itemsize))
     return TilePlan(block_m, block_n, block_k, num_warps, stages)
 
 
-def _stages(block_m: int, block_n: int, block_k: int, itemsize: int, capability: tuple[int, int]) -> int:
-    """As many tiles in flight as shared memory holds, 4 at most."""
-    room = _SHARED.get(capability, _SHARED_ELSEWHERE) - _SHARED_RESERVE
-    return min(4, room // ((block_m + block_n) * block_k * itemsize))
-
-
 def weight_gradient_plan(
-    rows: int, left: int, right: int, experts: int, itemsize: int, capability: tuple[int, int], multiprocessors: int
+    rows: int, left: int, right: int, experts: int, itemsize: int, device: Device
 ) -> tuple[TilePlan, int]:
     """Tiles for (left, rows) x (rows, right) per expert, `rows` on average, and in how many parts the rows are summed.
 
-    They are split only where the tiles alone would leave half of the processors idle and each part has work.
+    What would leave processors idle is cut up: many rows in parts, for few the tiles.
     """
-    tile = product_plan(left, right, rows, itemsize, capability)
+    many = rows >= 1024
+    aim = device._replace(multiprocessors=1) if many else device
+    tile = product_plan(left, right, rows, experts, itemsize, aim, even=True)
     # Which rows to load is loaded first. Triton's pipeline is as deep for such loads as half its stages.
     tile = tile._replace(num_stages=2 * tile.num_stages - 1)
     programs = experts * _cdiv(left, tile.block_m) * _cdiv(right, tile.block_n)
-    splits = min(multiprocessors // programs, rows // (8 * tile.block_k), 16)
+    splits = min(device.multiprocessors // programs, rows // 256) if many else 1
     return tile, max(splits, 1)
+
+
+def all_experts_in_one_product(tokens: int, width: int, experts: int, device: Device) -> bool:
+    """Where every token has a row of every expert: sum over the experts inside one product? Not if it is too small to
+    employ the whole GPU; then the experts run side by side and are summed after."""
+    return experts == 1 or _cdiv(tokens, 64) * _cdiv(width, 64) >= device.multiprocessors
 
 
 def max_tiles(assignments: int, experts: int, block_m: int) -> int:

@@ -17,7 +17,8 @@ finds its expert and rows in `offsets`, and those past the last tile leave. Indi
 is not from `moe_route` reads no foreign memory.
 
 Where every token goes to every expert (top_k == experts; one expert is the least case), the second product runs over
-all experts' hidden features at once, as one product of depth experts * hidden: no rows[a], no sum after. With 16
+all experts' hidden features at once, as one product of depth experts * hidden, no rows[a] and no sum after, unless so
+few programs would leave the GPU idle. With 16
 assignments or fewer, matrix-vector kernels stream each needed expert's weights once, many rows in parallel.
 
 float32, bfloat16 and float16, sums in float32; float32 products are IEEE unless torch allows TF32. float64: refused.
@@ -41,7 +42,7 @@ from torch import Tensor
 
 from jambatalk_kernels.moe import heuristics
 from jambatalk_kernels.moe.ahead_of_time import recorded_launches
-from jambatalk_kernels.moe.heuristics import MAX_EXPERTS, MAX_TOP_K, next_power_of_2
+from jambatalk_kernels.moe.heuristics import MAX_EXPERTS, MAX_TOP_K, Device, next_power_of_2
 from jambatalk_kernels.moe.interpreter import dot, rounded
 
 __all__ = ["ahead_of_time_cases", "mlp_backward", "mlp_forward"]
@@ -465,12 +466,11 @@ def _second_vector_kernel(
 
 
 @functools.cache
-def _device(index: int) -> tuple[tuple[int, int], int]:
-    """Compute capability and number of multiprocessors; in the interpreter those of an A100."""
+def _device(index: int) -> Device:
     if index < 0:
-        return (8, 0), 108
+        return Device((8, 0), 108)  # in the interpreter: an A100
     properties = torch.cuda.get_device_properties(index)
-    return (properties.major, properties.minor), properties.multi_processor_count
+    return Device((properties.major, properties.minor), properties.multi_processor_count)
 
 
 def _precision(x: Tensor) -> str:
@@ -506,11 +506,10 @@ def _rows_to_tokens(rows: Tensor, order: Tensor, offsets: Tensor, w: Tensor, top
     experts, _, width = w.shape
     tokens = assignments // top_k
     result = rows.new_empty(tokens, width)
-    capability, _ = _device(rows.get_device())
-    every = top_k == experts
-    plan = heuristics.product_plan(
-        tokens if every else triton.cdiv(assignments, experts), width, depth, rows.element_size(), capability
-    )
+    device = _device(rows.get_device())
+    every = top_k == experts and heuristics.all_experts_in_one_product(tokens, width, experts, device)
+    groups, group_rows = (1, tokens) if every else (experts, triton.cdiv(assignments, experts))
+    plan = heuristics.product_plan(group_rows, width, depth, groups, rows.element_size(), device, even=every)
     tiles = triton.cdiv(tokens, plan.block_m) if every else heuristics.max_tiles(assignments, experts, plan.block_m)
     columns = triton.cdiv(width, plan.block_n)
     sizes = (depth, width, tiles, columns, *w.stride())
@@ -574,9 +573,10 @@ def mlp_forward(
             TOP_K=top_k, BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, num_warps=plan.num_warps,
         )  # fmt: skip
         return y, preactivation
-    capability, _ = _device(x.get_device())
-    rows = triton.cdiv(assignments, num_experts)
-    plan = heuristics.product_plan(rows, hidden, features, x.element_size(), capability, operands)
+    plan = heuristics.product_plan(
+        triton.cdiv(assignments, num_experts), hidden, features, num_experts, x.element_size(),
+        _device(x.get_device()), operands=operands,
+    )  # fmt: skip
     tiles = heuristics.max_tiles(assignments, num_experts, plan.block_m)
     columns = triton.cdiv(hidden, plan.block_n)
     activated = x.new_empty(assignments, hidden)
@@ -598,7 +598,7 @@ def _weight_gradient(
     rows_left, rows_right = left.shape[1], right.shape[1]
     plan, splits = heuristics.weight_gradient_plan(
         triton.cdiv(assignments, experts), rows_left, rows_right, experts, left.element_size(),
-        *_device(left.get_device()),
+        _device(left.get_device()),
     )  # fmt: skip
     result = left.new_empty(experts, rows_left, rows_right)
     parts = result if splits == 1 else left.new_empty(splits, *result.shape, dtype=torch.float32)
@@ -639,9 +639,10 @@ def mlp_backward(
     if 0 in (tokens, features, width, hidden):
         return tuple(t.new_zeros(t.shape) for t in (x, weights, w_in, w_out))
     weights = weights.contiguous()
-    capability, _ = _device(x.get_device())
-    rows = triton.cdiv(assignments, num_experts)
-    plan = heuristics.product_plan(rows, hidden, width, x.element_size(), capability, long_epilogue=True)
+    plan = heuristics.product_plan(
+        triton.cdiv(assignments, num_experts), hidden, width, num_experts, x.element_size(),
+        _device(x.get_device()), long_epilogue=True,
+    )  # fmt: skip
     tiles = heuristics.max_tiles(assignments, num_experts, plan.block_m)
     columns = triton.cdiv(hidden, plan.block_n)
     activated = x.new_empty(assignments, hidden)
@@ -688,6 +689,6 @@ def ahead_of_time_cases(capability: tuple[int, int] = (8, 9)) -> list[dict]:
                 mlp_backward(y, x, *routing, w_in, w_out, preactivation, activation)
 
         label = f"{str(dtype)[6:]} {activation}, {tokens} tokens, {experts} experts, top {top_k}, {size}"
-        with patch.object(sys.modules[__name__], "_device", lambda _: (capability, 128)):
+        with patch.object(sys.modules[__name__], "_device", lambda _: Device(capability, 128)):
             cases += recorded_launches(sys.modules[__name__], label, run)
     return cases

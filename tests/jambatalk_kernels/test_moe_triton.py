@@ -1,5 +1,7 @@
 """The Triton kernels of the mixture of experts against the definition, in the interpreter or, with a card, on it."""
 
+import itertools
+
 import gpu_code
 import numpy as np
 import pytest
@@ -196,10 +198,11 @@ MLPS = [
     (5, 3, 3, 33, 9, 17, "gelu"),
     (60, 4, 2, 33, 21, 18, "gelu"),  # tiles, gathered
     (40, 7, 1, 24, 17, 40, "swiglu"),
-    (40, 3, 3, 70, 17, 40, "swiglu"),  # every expert: no permutation
+    (40, 3, 3, 70, 17, 40, "swiglu"),  # every expert
     (37, 1, 1, 33, 20, 7, "relu"),
-    (600, 2, 1, 16, 8, 16, "relu"),  # the weights' gradients in parts
+    (1100, 1, 1, 16, 8, 16, "relu"),  # the weights' gradients in parts
 ]
+FEW, MANY = (heuristics.Device((8, 0), multiprocessors) for multiprocessors in (1, 108))
 
 
 @pytest.fixture(autouse=True)
@@ -254,8 +257,11 @@ def assert_accurate(got, exact, peer, bar):
         assert mine <= bar, (name, mine)
 
 
-@pytest.mark.parametrize("shape", MLPS, ids=str)
-def test_mlp_and_its_gradients(shape):
+@pytest.mark.parametrize(
+    "shape, device", [(s, MANY) for s in MLPS] + [(s, FEW) for s in MLPS[3:6]], ids=lambda v: str(tuple(v))
+)
+def test_mlp_and_its_gradients(shape, device, monkeypatch):
+    monkeypatch.setattr(triton_mlp, "_device", lambda _: device)  # large tiles or small ones
     tokens, _, _, _, _, width, activation = shape
     inputs = mlp_inputs(*shape)
     grad_y = normal(tokens, width, seed=4, dtype=torch.float32)
@@ -264,10 +270,14 @@ def test_mlp_and_its_gradients(shape):
     assert_accurate(got, exact, peer, 1e-5)
 
 
-# A single token's weights have gradients that are differences of large terms: there the absolute bar means nothing.
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [MLPS[1], (60, 4, 2, 64, 48, 64, "swiglu"), (40, 3, 3, 64, 33, 40, "gelu")], ids=str)
-def test_accuracy_rule_in_half_precision(shape, dtype):
+@pytest.mark.parametrize(
+    "shape, device",
+    [(MLPS[1], MANY), ((60, 4, 2, 64, 48, 64, "swiglu"), FEW), ((40, 3, 3, 64, 33, 40, "gelu"), FEW)],
+    ids=lambda v: str(tuple(v)),
+)
+def test_accuracy_rule_in_half_precision(shape, device, dtype, monkeypatch):
+    monkeypatch.setattr(triton_mlp, "_device", lambda _: device)
     tokens, _, _, _, _, width, activation = shape
     inputs = mlp_inputs(*shape, dtype=dtype)
     grad_y = normal(tokens, width, seed=4, dtype=dtype)
@@ -292,7 +302,9 @@ def rows_do_not_meet(monkeypatch):
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3], ids="top {}".format)
-def test_equal_bytes_again_and_for_permuted_tokens(top_k, rows_do_not_meet):
+def test_equal_bytes_again_and_for_permuted_tokens(top_k, rows_do_not_meet, monkeypatch):
+    if top_k == 3:
+        monkeypatch.setattr(triton_mlp, "_device", lambda _: FEW)  # all experts in one product
     shape = (50, 3, top_k, 40, 24, 36, "swiglu")
     x, routing, w_in, w_out = mlp_inputs(*shape)
     grad_y = normal(50, 36, seed=4, dtype=torch.float32)
@@ -438,6 +450,70 @@ def test_route_plan_covers_every_token():
     assert heuristics.route_plan(128, 8).programs == 1 < heuristics.route_plan(600, 8).programs
 
 
+CAPABILITIES = {(8, 0): 80, (8, 6): 86, (8, 9): 89, (9, 0): 90, (10, 0): 100, (12, 0): 120}
+SIZES = (1, 7, 97, 600, 1024, 8192)
+
+
+def sound(tile, itemsize, capability, operands=1, buffers=None):
+    """Powers of two that a dot takes, in shared memory with room to spare, accumulators that threads can hold."""
+    buffers = tile.num_stages if buffers is None else buffers
+    shared = buffers * (tile.block_m + tile.block_n * operands) * tile.block_k * itemsize
+    sizes = tile[:3]
+    return (
+        all(size & (size - 1) == 0 and size >= 16 for size in sizes)
+        and shared + 2048 <= gpu_code.SHARED_LIMIT[CAPABILITIES[capability]]
+        and tile.block_m * tile.block_n * operands <= 128 * 32 * tile.num_warps
+        and buffers >= 2
+    )
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
+def test_tiles_fit_every_gpu(capability):
+    device = heuristics.Device(capability, 100)
+    for itemsize in (2, 4):
+        for rows, columns, depth in itertools.product(SIZES, repeat=3):
+            for experts, operands, even in itertools.product((1, 8, 256), (1, 2), (False, True)):
+                for long_epilogue in (False, True):
+                    tile = heuristics.product_plan(
+                        rows, columns, depth, experts, itemsize, device,
+                        even=even, operands=operands, long_epilogue=long_epilogue,
+                    )  # fmt: skip
+                    assert sound(tile, itemsize, capability, operands), (rows, columns, depth, experts, tile)
+                    assert not long_epilogue or tile.block_m * tile.block_n * operands <= 64 * 32 * tile.num_warps
+            tile, splits = heuristics.weight_gradient_plan(rows, columns, depth, 8, itemsize, device)
+            assert sound(tile, itemsize, capability, buffers=(tile.num_stages + 1) // 2)
+            assert splits == 1 or rows // splits >= 256
+
+
+def test_tiles_are_large_for_large_products_and_employ_the_gpu_for_small_ones():
+    a100, h200 = heuristics.Device((8, 0), 108), heuristics.Device((9, 0), 132)
+    assert heuristics.product_plan(1024, 1024, 1024, 8, 2, a100)[:2] == (128, 128)
+    assert heuristics.product_plan(1024, 1024, 1024, 8, 2, h200)[:2] == (128, 256)
+    assert heuristics.product_plan(1024, 1024, 1024, 8, 2, h200, operands=2)[:2] == (128, 128)
+    small = heuristics.product_plan(150, 512, 1024, 8, 2, h200)
+    assert 8 * -(-150 // small.block_m) * -(-512 // small.block_n) >= 132
+    assert heuristics.weight_gradient_plan(8192, 64, 64, 2, 2, h200)[1] == 32
+    assert heuristics.all_experts_in_one_product(8192, 1024, 4, h200)
+    assert not heuristics.all_experts_in_one_product(600, 512, 4, h200)
+    assert heuristics.all_experts_in_one_product(600, 512, 1, h200)
+
+
+def test_the_bound_on_tiles_holds_for_every_distribution():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        experts, assignments, block = (int(torch.randint(1, n, (), generator=generator)) for n in (20, 400, 70))
+        chosen = torch.randint(0, experts, (assignments,), generator=generator) ** 2 // experts
+        tiles = sum(-(-int(n) // block) for n in chosen.bincount())
+        assert tiles <= heuristics.max_tiles(assignments, experts, block)
+
+
+def test_vector_plan():
+    for columns, depth, operands in itertools.product(SIZES, SIZES, (1, 2)):
+        plan = heuristics.vector_plan(columns, depth, operands)
+        assert plan.block_n * plan.block_k * operands <= 4096 and plan.block_n >= 1
+        assert plan.block_n & (plan.block_n - 1) == 0 == plan.block_k & (plan.block_k - 1)
+
+
 # ---- machine code ---------------------------------------------------------------------------------------------------
 
 
@@ -449,3 +525,27 @@ def test_routing_code_has_no_spills(capability):
     assert len(codes) == 11
     for name, code in codes.items():
         assert code.local_memory == 0 and code.stack_bytes == 0 and code.registers <= 128, name
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("module, capability", [("jambatalk_kernels.moe.triton_mlp", 89), ("gpu_code_moe_90", 90)])
+def test_products_run_on_matrix_units_and_spill_nothing(module, capability):
+    codes = gpu_code.compile_triton(module, capability)
+    assert {name.split()[0] for name in codes} == {
+        "first_product_kernel", "grouped_product_kernel", "all_experts_product_kernel", "sum_kernel",
+        "hidden_gradient_kernel", "weight_gradient_kernel", "first_vector_kernel", "second_vector_kernel",
+    }  # fmt: skip
+    for name, code in codes.items():
+        assert code.local_memory == 0 and code.stack_bytes == 0, name
+        assert code.shared_bytes <= gpu_code.SHARED_LIMIT[capability], name
+        matrix = code.count(r"HMMA") + code.count(r".*GMMA")
+        if "product" not in name and "gradient" not in name or "float32" in name:
+            assert matrix == 0, name  # float32 is IEEE
+            continue
+        assert matrix > 0, name
+        if "4096 tokens" in name:
+            # The tiles come by asynchronous copies of 16 bytes, and on Hopper warp groups multiply them.
+            loop = code.hot_loop(r"HMMA|.*GMMA")
+            assert loop.count(r"LDGSTS.*128") >= 8 and loop.count(r"LDGSTS") == loop.count(r"LDGSTS.*128"), name
+            assert code.count(r".*GMMA") > 0 or capability < 90, name
