@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 from benchmarks.results import Case
-from jambatalk.config import JambaTalkConfig
-from jambatalk.decoder import MambaMixer
+
+try:
+    from jambatalk.config import JambaTalkConfig
+    from jambatalk.decoder import MambaMixer
+except ImportError as error:  # a machine that has what the kernels need and no more
+    pytest.skip(f"the model cannot be imported: {error}", allow_module_level=True)
 
 LENGTH = 300
 
