@@ -54,8 +54,9 @@ def assert_routes_equal(got, want):
             assert a.dtype == torch.int32 and torch.equal(a.long(), b.long()), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("renormalize", [False, True], ids=["plain", "renormalized"])
+@pytest.mark.parametrize(
+    "renormalize, dtype", [(False, torch.float32), (True, torch.float64)], ids=["float32", "renormalized float64"]
+)
 @pytest.mark.parametrize("shape", ROUTES, ids=str)
 def test_route_is_the_reference(shape, renormalize, dtype):
     tokens, experts, top_k = shape
@@ -196,13 +197,19 @@ MLPS = [
     (1, 8, 2, 40, 24, 40, "swiglu"),  # one step of a rollout: matrix-vector
     (7, 7, 1, 97, 47, 97, "swiglu"),
     (5, 3, 3, 33, 9, 17, "gelu"),
-    (60, 4, 2, 33, 21, 18, "gelu"),  # tiles, gathered
+    (50, 4, 2, 33, 21, 18, "gelu"),  # tiles, gathered
     (40, 7, 1, 24, 17, 40, "swiglu"),
-    (40, 3, 3, 70, 17, 40, "swiglu"),  # every expert
+    (40, 3, 3, 35, 17, 20, "swiglu"),  # every expert
     (37, 1, 1, 33, 20, 7, "relu"),
-    (1100, 1, 1, 16, 8, 16, "relu"),  # the weights' gradients in parts
+    (60, 2, 1, 16, 8, 16, "gelu"),
 ]
 FEW, MANY = (heuristics.Device((8, 0), multiprocessors) for multiprocessors in (1, 108))
+
+
+@pytest.fixture(autouse=True)
+def _large_tiles(monkeypatch):
+    """As for a small GPU, so that the interpreter has less to do; and top_k == experts is one product over all."""
+    monkeypatch.setattr(triton_mlp, "_device", lambda _: FEW)
 
 
 @pytest.fixture(autouse=True)
@@ -258,7 +265,7 @@ def assert_accurate(got, exact, peer, bar):
 
 
 @pytest.mark.parametrize(
-    "shape, device", [(s, MANY) for s in MLPS] + [(s, FEW) for s in MLPS[3:6]], ids=lambda v: str(tuple(v))
+    "shape, device", [(s, FEW) for s in MLPS] + [(s, MANY) for s in MLPS[3:6:2]], ids=lambda v: str(tuple(v))
 )
 def test_mlp_and_its_gradients(shape, device, monkeypatch):
     monkeypatch.setattr(triton_mlp, "_device", lambda _: device)  # large tiles or small ones
@@ -272,12 +279,11 @@ def test_mlp_and_its_gradients(shape, device, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "shape, device",
-    [(MLPS[1], MANY), ((60, 4, 2, 64, 48, 64, "swiglu"), FEW), ((40, 3, 3, 64, 33, 40, "gelu"), FEW)],
-    ids=lambda v: str(tuple(v)),
+    "shape",
+    [(12, 3, 1, 64, 40, 36, "swiglu"), (60, 4, 2, 64, 32, 48, "swiglu"), (40, 3, 3, 64, 33, 40, "gelu")],
+    ids=str,
 )
-def test_accuracy_rule_in_half_precision(shape, device, dtype, monkeypatch):
-    monkeypatch.setattr(triton_mlp, "_device", lambda _: device)
+def test_accuracy_rule_in_half_precision(shape, dtype):
     tokens, _, _, _, _, width, activation = shape
     inputs = mlp_inputs(*shape, dtype=dtype)
     grad_y = normal(tokens, width, seed=4, dtype=dtype)
@@ -302,18 +308,16 @@ def rows_do_not_meet(monkeypatch):
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3], ids="top {}".format)
-def test_equal_bytes_again_and_for_permuted_tokens(top_k, rows_do_not_meet, monkeypatch):
-    if top_k == 3:
-        monkeypatch.setattr(triton_mlp, "_device", lambda _: FEW)  # all experts in one product
-    shape = (50, 3, top_k, 40, 24, 36, "swiglu")
+def test_equal_bytes_again_and_for_permuted_tokens(top_k, rows_do_not_meet):
+    shape = (30, 3, top_k, 20, 12, 16, "swiglu")
     x, routing, w_in, w_out = mlp_inputs(*shape)
-    grad_y = normal(50, 36, seed=4, dtype=torch.float32)
+    grad_y = normal(30, 16, seed=4, dtype=torch.float32)
     first = run_triton(x, routing, w_in, w_out, "swiglu", grad_y)
     again = run_triton(x, routing, w_in, w_out, "swiglu", grad_y)
     for name, value in first.items():
         assert torch.equal(value, again[name]), name
-    shuffle = torch.randperm(50, generator=torch.Generator().manual_seed(5)).to(DEVICE)
-    logits = normal(50, 3, seed=3, dtype=torch.float32)[shuffle]
+    shuffle = torch.randperm(30, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    logits = normal(30, 3, seed=3, dtype=torch.float32)[shuffle]
     _, shuffled, *_ = mlp_inputs(*shape, logits=logits)
     moved = run_triton(x[shuffle], shuffled, w_in, w_out, "swiglu", grad_y[shuffle])
     for name in ("y", "x", "weights"):
@@ -334,7 +338,7 @@ def test_experts_without_tokens(tokens):
 
 
 def test_matrix_vector_and_tiles_agree(monkeypatch):
-    inputs = mlp_inputs(8, 3, 2, 70, 50, 33, "swiglu")  # experts that several tokens share
+    inputs = mlp_inputs(8, 3, 2, 40, 20, 33, "swiglu")  # experts that several tokens share
     grad_y = normal(8, 33, seed=4, dtype=torch.float32)
     vector = run_triton(*inputs, "swiglu", grad_y)
     monkeypatch.setattr(heuristics, "MATRIX_VECTOR_ASSIGNMENTS", 0)
@@ -361,6 +365,7 @@ def test_any_strides_and_an_expanded_gradient(tokens, top_k):
         assert rms_ratio(moved[name], value) < 1e-6, name
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, in the interpreter
 @pytest.mark.parametrize("tokens", [6, 30])
 @pytest.mark.parametrize("top_k", [2, 4], ids="top {}".format)
 def test_what_is_not_finite_stays_with_its_token_and_expert(tokens, top_k):
@@ -383,9 +388,8 @@ def test_what_is_not_finite_stays_with_its_token_and_expert(tokens, top_k):
 
 
 @pytest.mark.parametrize("tokens", [3, 20])
-@pytest.mark.parametrize("top_k", [1, 2, 3], ids="top {}".format)
-def test_a_routing_that_is_none_reads_no_foreign_memory(tokens, top_k):
-    x, routing, w_in, w_out = mlp_inputs(tokens, 3, top_k, 20, 10, 12, "swiglu")
+def test_a_routing_that_is_none_reads_no_foreign_memory(tokens):
+    x, routing, w_in, w_out = mlp_inputs(tokens, 3, 2, 20, 10, 12, "swiglu")
     for huge in (2**31 - 1, -(2**31)):
         bad = routing._replace(
             **{name: torch.full_like(getattr(routing, name), huge) for name in ("experts", "order", "offsets")}
@@ -423,6 +427,17 @@ def test_mlp_refuses_what_it_has_no_kernel_for():
     with pytest.raises(ValueError, match="257 experts"):
         w = torch.ones(1, 1, 1, device=DEVICE).expand(257, 2, 20)
         triton_mlp.mlp_forward(x, *arguments, w, w[:, :, :1], "swiglu", False)
+
+
+@pytest.mark.slow
+def test_weight_gradients_in_parts(monkeypatch):
+    monkeypatch.setattr(triton_mlp, "_device", lambda _: MANY)
+    inputs = mlp_inputs(1100, 1, 1, 10, 8, 12, "relu")
+    grad_y = normal(1100, 12, seed=4, dtype=torch.float32)
+    assert heuristics.weight_gradient_plan(1100, 12, 8, 1, 4, MANY)[1] == 4
+    got = run_triton(*inputs, "relu", grad_y)
+    exact, peer = (run_reference(*inputs, "relu", grad_y, dtype) for dtype in (torch.float64, torch.float32))
+    assert_accurate(got, exact, peer, 1e-5)
 
 
 @pytest.mark.slow
