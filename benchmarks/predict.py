@@ -12,17 +12,23 @@ bound with assumptions rather than an estimate, right to perhaps a third, and it
 
 from __future__ import annotations
 
+import argparse
+import functools
 import math
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import cards
 from benchmarks.cards import Card
+from jambatalk_kernels.causal_conv1d.heuristics import forward_tile
+from jambatalk_kernels.selective_scan.heuristics import forward_layout
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "jambatalk_kernels"))
 
+import gpu_code  # noqa: E402
 from gpu_code import Code, Instruction  # noqa: E402
 
 # A kernel in a CUDA graph starts about this long after the one before (kernels.md 5: 1.3 us), and its first loads and
@@ -59,6 +65,7 @@ class Work:
     iterations: float
     bytes: float
     registers: int = 64
+    straight: bool = False  # no loop: the whole kernel, once, its own loads and stores among its instructions
 
 
 @dataclass(frozen=True)
@@ -99,10 +106,10 @@ def predict(work: Work, card: Card) -> Prediction:
     # A scheduler's resident warps run side by side; further ones wait for them.
     resident = min(64, 65536 // (32 * max(work.registers, 16))) / cards.SCHEDULERS
     waves = max(1.0, per_multiprocessor / cards.SCHEDULERS / resident)
-    seconds["latency of one warp"] = waves * work.iterations * pace(work.loop) / card.clock
+    seconds["latency of one warp"] = waves * work.iterations * pace(work.loop, work.straight) / card.clock
     seconds["memory"] = work.bytes / card.copy_bandwidth
     limit = max(seconds, key=seconds.__getitem__)
-    return Prediction(seconds[limit] + LAUNCH + RAMP, limit)
+    return Prediction(seconds[limit] + LAUNCH + (0 if work.straight else RAMP), limit)
 
 
 def special_seconds(count: float, card: Card) -> float:
@@ -113,18 +120,21 @@ def special_seconds(count: float, card: Card) -> float:
 # ---- one warp alone -------------------------------------------------------------------------------------------------
 
 
-def pace(loop: Code) -> float:
-    """Clocks per pass of one warp that has its scheduler for itself: in order, every operand waited for."""
+def pace(loop: Code, once: bool = False) -> float:
+    """Clocks per pass of one warp that has its scheduler for itself: in order, every operand waited for.
+
+    ``once``: of a first pass until its last result is there, otherwise of one pass among many.
+    """
     ready: dict[str, int] = {}
     clock, ends = 0, []
     operands = [(instruction, *_operands(instruction)) for instruction in loop.instructions]
-    for _ in range(4):  # the last pass has settled
+    for _ in range(1 if once else 4):  # the last pass has settled
         for instruction, written, read in operands:
             clock = max([clock + 1, *(ready.get(register, 0) for register in read)])
             latency = LATENCY.get(instruction.opcode.split(".")[0], 6 if instruction.opcode.startswith("U") else 4)
             ready.update(dict.fromkeys(written, clock + latency))
         ends.append(clock)
-    return ends[-1] - ends[-2]
+    return max(ready.values()) if once else ends[-1] - ends[-2]
 
 
 def _operands(instruction: Instruction) -> tuple[set[str], set[str]]:
@@ -154,3 +164,107 @@ def _registers(text: str, wide: int) -> set[str]:
         count = max(wide if kind in ("R", "UR") else 1, 2 if pair else 1)
         names |= {f"{kind}{int(number) + i}" for i in range(count)}
     return names
+
+
+# ---- the cases of the benchmarks ------------------------------------------------------------------------------------
+
+SCAN, CONV = "jambatalk_kernels.selective_scan.triton", "jambatalk_kernels.causal_conv1d.triton"
+LARGE, SMALL = (4, 4096, 4096), (1, 600, 1024)
+STATES = 16
+
+
+@functools.cache
+def _triton(module: str, capability: int) -> dict[str, Code]:
+    wanted = {
+        SCAN: ("forward", "forward_few_channels", "forward_ends", "forward_resumed", "step"),
+        CONV: ("forward, bf16, width 4", "forward, bf16, width 16", "step"),
+    }
+    return gpu_code.compile_triton(module, capability, wanted[module])
+
+
+def _scan_triton(shape: tuple[int, int, int], card: Card) -> Prediction:
+    batch, length, channels = shape
+    layout = forward_layout(batch, length, channels, STATES, card.multiprocessors)
+    moved = batch * length * (4 * channels + 2 * STATES) * 2
+    codes = _triton(SCAN, card.capability)
+    warps = batch * layout.splits * math.ceil(channels / layout.channels) * layout.warps
+
+    def launch(name: str) -> Prediction:
+        code = codes[name]
+        iterations = length / layout.splits / layout.steps
+        return predict(Work(code.hot_loop(r"MUFU\.EX2"), warps, iterations, moved, code.registers), card)
+
+    if layout.splits == 1:
+        return launch("forward" if layout.warps > 1 else "forward_few_channels")
+    parts = [launch("forward_ends"), launch("forward_resumed")]
+    return Prediction(sum(part.seconds for part in parts) + LAUNCH + RAMP, parts[1].limit)
+
+
+def _scan_cuda(shape: tuple[int, int, int], card: Card) -> Prediction:
+    """The recurrence of two lanes of eight states, four positions a pass; what surrounds it runs beside it."""
+    batch, length, channels = shape
+    architecture = "sm_90a" if card.capability == 90 else f"sm_{card.capability}"
+    codes = gpu_code.compile_cuda("csrc/cuda/selective_scan.cu", architecture)
+    (code,) = (code for name, code in codes.items() if name.startswith("scan_forward_kernel<2, 8,"))
+    moved = batch * length * (4 * channels + 2 * STATES) * 2
+    work = Work(code.hot_loop(r"MUFU\.EX2"), batch * channels * 2 / 32, length / 4, moved, code.registers)
+    result = predict(work, card)
+    return Prediction(result.seconds, f"{result.limit}, in the recurrence alone")
+
+
+def _conv_triton(shape: tuple[int, int, int], width: int, card: Card) -> Prediction:
+    batch, length, channels = shape
+    tile = forward_tile(batch, length, channels, width, 2, False, card.multiprocessors)
+    code = _triton(CONV, card.capability)[f"forward, bf16, width {width}"]
+    loop = code.hot_loop("STG")
+    elements = batch * length * channels
+    stored = sum(
+        {"128": 8, "64": 4, "U16": 1}.get(i.opcode.rsplit(".", 1)[-1], 2)
+        for i in loop.instructions
+        if "STG" in i.opcode
+    )
+    warps = batch * math.ceil(length / tile.positions) * math.ceil(channels / tile.block_c) * tile.warps
+    return predict(Work(loop, warps, elements / (warps * 32 * stored), 4 * elements, code.registers), card)
+
+
+def _step_triton(module: str, moved: float, warps: float, card: Card) -> Prediction:
+    code = _triton(module, card.capability)["step"]
+    return predict(Work(code, warps, 1, moved, code.registers, straight=True), card)
+
+
+# By the name that the benchmark has: see bench_selective_scan.py, bench_causal_conv1d.py.
+CASES: dict[str, Callable[[Card], Prediction]] = {
+    **{
+        f"selective_scan forward {shape} N 16 bfloat16, triton": lambda card, shape=shape: _scan_triton(shape, card)
+        for shape in (LARGE, SMALL)
+    },
+    f"selective_scan forward {LARGE} N 16 bfloat16, cuda": lambda card: _scan_cuda(LARGE, card),
+    "selective_scan_step (1, 1024) N 16 bfloat16, triton": lambda card: _step_triton(
+        SCAN, 1024 * (STATES * 12 + 8), 128, card
+    ),
+    **{
+        f"causal_conv1d forward {LARGE} width {width} bfloat16, triton": (
+            lambda card, width=width: _conv_triton(LARGE, width, card)
+        )
+        for width in (4, 16)
+    },
+    f"causal_conv1d forward {SMALL} width 4 bfloat16, triton": lambda card: _conv_triton(SMALL, 4, card),
+    "causal_conv1d_step (1, 1024) width 4 bfloat16 cached, triton": lambda card: _step_triton(
+        CONV, 1024 * (4 * 6 + 12), 32, card
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Predicted times of the GPU kernels; nothing here was measured.")
+    parser.add_argument("--card", default="", help="part of a card's name; all by default")
+    wanted = parser.parse_args().card.lower()
+    for card in cards.CARDS:
+        if wanted in card.name.lower():
+            print(f"{card.name} (predicted)")
+            for name, case in CASES.items():
+                print(f"  {name}: {case(card)}")
+
+
+if __name__ == "__main__":
+    main()
