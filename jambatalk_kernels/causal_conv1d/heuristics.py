@@ -13,6 +13,10 @@ PROGRAMS_PER_MULTIPROCESSOR = 4
 REGISTERS = 72
 
 
+# Positions whose loads are in flight together, where channels are fastest.
+ROWS = 8
+
+
 class Tile(NamedTuple):
     """What one program computes: ``groups`` runs of positions side by side, each for ``block_c`` channels.
 
@@ -56,7 +60,7 @@ def backward_tile(
     """
     history = width - 1
     if time_fastest:
-        shapes = [shape[:2] + (steps,) + shape[3:] for steps in (4, 2, 1) for shape in _time_fastest_shapes(itemsize)]
+        shapes = [shape[:3] + (steps, shape[4]) for steps in (4, 2, 1) for shape in _time_fastest_shapes(itemsize)]
         history = 0  # every step computes its neighbours' positions itself
     else:
         least = 1
@@ -65,9 +69,6 @@ def backward_tile(
         steps = [s * least for s in (16, 8, 4, 2, 1)]
         shapes = _channels_fastest_shapes(channels, 4 * width + 2, itemsize, steps=steps)
     return _first_with_enough_programs(shapes, history, batch, length, channels, time_fastest, multiprocessors)
-
-
-ROWS = 8
 
 
 def _time_fastest_shapes(itemsize: int) -> list[tuple[int, int, int, int, int]]:

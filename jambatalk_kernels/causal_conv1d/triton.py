@@ -204,9 +204,9 @@ def _taps(
     taps = ()
     for k in tl.static_range(WIDTH):
         tap = rows[r + k]
-        if PACKED and k < WIDTH - 1:
+        if PACKED:
             tap = tl.where(ahead >= WIDTH - 1 - k, tap, 0.0)
-            if state is not None:
+            if k < WIDTH - 1 and state is not None:
                 before = (ahead >= 0) & (ahead + k < WIDTH - 1) & valid
                 at = state + sequence.to(tl.int64) * stride_sequence + (ahead + k) * stride_row
                 tap += _load(at, before, dtype)
@@ -781,11 +781,13 @@ def ahead_of_time_cases() -> list[dict]:
         tensors = ("x", "y", "weight", "bias", "state", "grad_y", "dx", "dweight", "dbias", "initial_state")
         signature = {}
         for argument in kernel.arg_names:
+            if argument in constexprs:
+                continue
             if argument in pointers:
                 signature[argument] = pointers[argument] + ":16"
             elif argument in tensors:
                 signature[argument] = f"*{element}:16"
-            elif argument not in constexprs:
+            else:
                 signature[argument] = "i32" if argument in _COUNTS else "i32:16"
         return {
             "name": name, "kernel": kernel, "signature": signature, "constexprs": constexprs, "num_warps": warps,
