@@ -139,7 +139,7 @@ struct Word<16> {
   using type = uint4;
 };
 
-// Through a word, since a struct of small members may be moved member by member.
+// Through words, since a struct of small members may be moved member by member.
 template <class T, int N>
 JT_DEVICE Vector<T, N> load_vector(const T* at) {
   using W = typename Word<alignof(Vector<T, N>)>::type;
@@ -159,7 +159,7 @@ JT_DEVICE void store_vector(T* at, const Vector<T, N>& vector) {
   W words[kWords];
   memcpy(words, &vector, sizeof(vector));
   JT_UNROLL
-  for (int i = 0; i < kWords; ++i) reinterpret_cast<W*>(at)[i] = words[i];
+  for (int i = 0; i < kWords; ++i) __stwb(reinterpret_cast<W*>(at) + i, words[i]);  // = would become 4-byte stores
 }
 
 // May `Vector<T, N>` be used along the last dimension of `array`, at multiples of N? Host side.

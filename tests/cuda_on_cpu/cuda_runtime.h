@@ -187,6 +187,10 @@ template <class T>
 void __stcs(T* at, T value) {
   *at = value;
 }
+template <class T>
+void __stwb(T* at, T value) {
+  *at = value;
+}
 
 inline float __int_as_float(int x) {
   float y;

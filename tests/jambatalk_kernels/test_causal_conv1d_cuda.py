@@ -1,5 +1,6 @@
 """The CUDA C++ kernels of causal_conv1d and its step, run on the host (tests/cuda_on_cpu), against the definition."""
 
+import gpu_code
 import pytest
 import torch
 from cuda_on_cpu import build
@@ -257,3 +258,21 @@ def test_wrong_calls_are_refused_by_name(ops):
     ):
         with pytest.raises(RuntimeError, match=message):
             ops.causal_conv1d(*arguments)
+
+
+@pytest.mark.slow
+def test_machine_code():
+    """Rows move in vectors, loads before arithmetic; two special functions and few instructions per element."""
+    if gpu_code.nvcc() is None or gpu_code.missing_tools() is not None:
+        pytest.skip("no nvcc, or no disassembler, on this machine")
+    codes = gpu_code.compile_cuda("csrc/cuda/causal_conv1d.cu", "sm_90a")
+    for dtype, bits, most in (("__nv_bfloat16", 64, 19), ("float", 128, 24)):
+        (code,) = (c for name, c in codes.items() if f"conv_forward_kernel<{dtype}, float, 4, 4, 8>" in name)
+        loop = code.hot_loop("FFMA")
+        elements = 8 * 4  # eight positions of four channels
+        assert loop.count(rf"LDG.*\.{bits}") == loop.count("LDG") == 8
+        assert loop.count(rf"STG.*\.{bits}") == loop.count("STG") == 8
+        assert loop.count("MUFU") == 2 * elements, "e^x and the division of silu"
+        # A row takes 8 (4) bytes per element of an H200's 4.8 TB/s: there is time for 50 (25) instructions.
+        assert len(loop.instructions) <= most * elements
+        assert code.local_memory == 0

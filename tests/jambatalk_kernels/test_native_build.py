@@ -1,10 +1,12 @@
 """The native library is there, is the one that is used, and holds what it should."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -173,11 +175,88 @@ def test_machine_code_of_the_scan(name, register, other, tmp_path):
             assert f"jambatalk::{name}::" in symbol, symbol
 
 
-@pytest.mark.slow
-def test_setup_refuses_what_it_cannot_build():
-    for wish, message in (("cuda", "not written yet"), ("everything", "expected auto, cpu, cuda or none")):
+def _setup_functions():
+    """setup.py's names without its run."""
+    code = (ROOT / "setup.py").read_text().split("\nWISH =")[0]
+    names = {"__file__": str(ROOT / "setup.py"), "__name__": "setup"}
+    exec(compile(code, "setup.py", "exec"), names)
+    return SimpleNamespace(**names)
+
+
+KNOWN = "compute_75\ncompute_80\ncompute_86\ncompute_89\ncompute_90\ncompute_100\ncompute_120\n"
+
+
+def test_cuda_architectures():
+    setup = _setup_functions()
+    assert setup.cuda_architectures(None, KNOWN) == ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX"]
+    assert setup.cuda_architectures(None, "compute_80\ncompute_90") == ["8.0", "9.0"], "as far as nvcc knows them"
+    assert setup.cuda_architectures("9.0a", KNOWN) == ["9.0a"]
+    assert setup.cuda_architectures("7.5 8.0;8.9+PTX", KNOWN) == ["8.0", "8.9+PTX"], "older ones are skipped"
+    for listed, message in (
+        ("Hopper", "got 'Hopper'"),
+        ("13.7", "does not compile for 13.7"),
+        ("7.0", "nothing is left"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            setup.cuda_architectures(listed, KNOWN)
+    assert setup.architecture_flags(["9.0a", "12.0+PTX"]) == [
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_120,code=sm_120",
+        "-gencode=arch=compute_120,code=compute_120",
+    ]
+
+
+def test_torchs_version_is_read(tmp_path):
+    setup = _setup_functions()
+    (tmp_path / "version.py").write_text("__version__ = '2.13.0+cu130'\ncuda: Optional[str] = '13.0'\nhip = None\n")
+    assert setup.torch_variable(tmp_path, "__version__") == "2.13.0+cu130"
+    assert setup.torch_variable(tmp_path, "cuda") == "13.0"
+    assert setup.torch_variable(tmp_path, "hip") is None and setup.torch_variable(tmp_path, "xpu") is None
+
+
+def test_setup_refuses_what_it_cannot_build(tmp_path):
+    for name in ("g++", "python3"):  # a machine without nvcc
+        if shutil.which(name):
+            (tmp_path / name).symlink_to(shutil.which(name))
+    for wish, message in (("cuda", "nvcc was not found"), ("everything", "expected auto, cpu, cuda or none")):
         done = subprocess.run(
-            [sys.executable, "setup.py", "--version"], capture_output=True, text=True, cwd=ROOT,
-            env=os.environ | {"JAMBATALK_BUILD": wish}, timeout=120,
+            [sys.executable, "setup.py", "--version"], capture_output=True, text=True, cwd=ROOT, timeout=300,
+            env={k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH")}
+            | {"JAMBATALK_BUILD": wish, "PATH": str(tmp_path)},
         )  # fmt: skip
         assert done.returncode != 0 and message in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, "one clear line"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc on this machine: the CUDA library is not built")
+def test_the_library_with_cuda_loads_without_a_gpu(tmp_path):
+    """Built against any torch; beside a CPU build of torch, its CPU ops run and its CUDA ops are registered."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAMBATALK_", "TORCH_"))}
+    build = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path / "lib"),
+         "--build-temp", str(tmp_path / "o")],
+        cwd=ROOT, capture_output=True, text=True, timeout=3000,
+        env=environment | {"JAMBATALK_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "9.0a"},
+    )  # fmt: skip
+    assert build.returncode == 0, build.stderr[-4000:]
+    code = (
+        "import torch, _jambatalk_native as n\n"
+        "print(n.CUDA_ARCHITECTURES, n.__file__)\n"
+        "x = torch.ones(1, 5, 4)\n"
+        "torch.ops.jambatalk.causal_conv1d(x, torch.ones(4, 3), None, None, None, False)\n"
+        "print(torch._C._dispatch_has_kernel_for_dispatch_key('jambatalk::causal_conv1d', 'CUDA'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300,
+        env=environment | {"PYTHONPATH": str(tmp_path / "lib")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first.startswith(f"9.0a {tmp_path}") and second == "True"
+    (library,) = (tmp_path / "lib").glob("*.so")
+    table = subprocess.run(["objdump", "-T", str(library)], capture_output=True, text=True, check=True).stdout
+    assert not re.search(r" cuda[A-Z]\w+$", table, re.M), "CUDA's runtime is inside, and stays there"
+    needed = subprocess.run(["objdump", "-p", str(library)], capture_output=True, text=True, check=True).stdout
+    assert re.search(r"NEEDED\s+libtorch\.so", needed), "through which torch's CUDA library is found"
+    assert "libcudart" not in needed and "libtorch_cuda" not in needed
