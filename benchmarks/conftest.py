@@ -54,7 +54,9 @@ def pytest_configure(config):
 
 
 def pytest_sessionfinish(session):
-    results.save(session.config.getoption("--results"), session.config.stash[_CASES])
+    option = session.config.option
+    whole = not (option.keyword or option.markexpr or any(".py" in argument for argument in session.config.args))
+    results.save(option.results, session.config.stash[_CASES], replace=whole)
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -89,15 +89,18 @@ def slug(facts: dict) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def save(folder: Path, cases: Iterable[Case]) -> None:
-    """Write one file per device. Cases that did not run stay if the machine and its versions are the same."""
+def save(folder: Path, cases: Iterable[Case], replace: bool) -> None:
+    """Write one file per device.
+
+    Unless ``replace``, cases that did not run this time stay, if the machine and its versions are the same.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     records = [case.record for case in cases]
     for device in sorted({record["device"] for record in records}):
         facts = machine(device)
         path = folder / f"{slug(facts)}.json"
         kept = {}
-        if path.exists():
+        if path.exists() and not replace:
             before = json.loads(path.read_text())
             kept = {each["name"]: each for each in before["cases"]} if before["machine"] == facts else {}
         fresh = {record["name"]: record for record in records if record["device"] == device}

@@ -1,0 +1,120 @@
+"""The benchmark suite's own arithmetic: bars, result files, the prediction model. No timing, no compiler."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from gpu_code import Code, Instruction  # noqa: E402
+
+from benchmarks import cards, peers, predict, report, results  # noqa: E402
+from benchmarks.timing import CpuContestant, rotation  # noqa: E402
+
+
+def loop(*lines):
+    instructions = tuple(Instruction(16 * i, line.split()[0], line) for i, line in enumerate(lines))
+    return Code("loop", instructions)
+
+
+def case(name="a case", device="cpu"):
+    return results.Case(name, "an op", device, bytes=8, operations={"exp": 1}, limit="memory", facts={})
+
+
+def card(name):
+    found = cards.find(name)
+    assert found is not None
+    return found
+
+
+def test_bars():
+    it = case()
+    it.bar("speed", 3.0, least=2)
+    it.bar("time", 3.0, most=2)
+    it.note("aside", 1.0)
+    assert [bar.get("holds") for bar in it.record["bars"]] == [True, False, None]
+    assert results.bar_text(it.record["bars"][1]) == "time 3 (bar <= 2, MISSED)"
+
+
+def test_result_files_keep_what_did_not_run(tmp_path):
+    first, second = case("one"), case("two")
+    first.seconds["ours"], second.seconds["ours"] = 1.23456789, 2.0
+    results.save(tmp_path, [first], replace=False)
+    results.save(tmp_path, [second], replace=False)
+    (path,) = tmp_path.iterdir()
+    assert path.name.startswith("cpu-")
+    written = json.loads(path.read_text())
+    assert [each["name"] for each in written["cases"]] == ["one", "two"]
+    assert written["cases"][0]["seconds"]["ours"] == 1.235
+    assert written["machine"]["versions"]["torch"]
+    results.save(tmp_path, [second], replace=True)
+    assert [each["name"] for each in json.loads(path.read_text())["cases"]] == ["two"]
+    assert any("| two | 2 s |" in line for line in report.measured({**written, "file": path.name}))
+
+
+def test_machine_names():
+    assert results.slug({"device": "NVIDIA H200", "memory_cap_bytes": 1}) == "nvidia-h200"
+    assert results.slug({"device": "AMD EPYC", "instruction_set": "avx512"}) == "cpu-amd-epyc-avx512"
+
+
+def test_absent_peers_say_why():
+    assert peers.why_absent("no_such_peer") == "not installed"
+    assert peers.why_absent("torch") is None
+    _, absent = peers.scan("cpu")
+    assert "mamba_ssm" in absent and all(absent.values())
+
+
+def test_rotation_and_rounds():
+    import torch
+
+    inputs = rotation(lambda seed: {"x": torch.full((4 << 20,), float(seed))}, most=3)
+    assert [int(each["x"][0]) for each in inputs] == list(range(len(inputs)))
+    seen = []
+    contestant = CpuContestant(lambda each: seen.append(int(each["x"][0])), inputs, calls=2)
+    contestant.run()
+    contestant.run()
+    assert seen == [0, 0, 0, 1, 1] and contestant.best < 1
+
+
+def test_one_warp_waits_for_its_operands():
+    # A chain of three dependent operations of 4 clocks; then one special function and what needs it.
+    assert predict.pace(loop("FFMA R1, R1, R2, R3", "FADD R1, R1, R4", "FMUL R1, R1, R5")) == 12
+    assert predict.pace(loop("MUFU.EX2 R1, R1", "FMUL R1, R1, R2")) == predict.LATENCY["MUFU"] + 4
+    # Independent ones issue one after the other.
+    assert predict.pace(loop("FADD R1, R9, R8", "FADD R2, R9, R8", "FADD R3, R9, R8")) == 3
+    # The halves of a wide load, and a shuffle's second operand, are results; a store has none.
+    wide = loop("LDG.E.64 R2, desc[UR4][R8.64]", "FADD R4, R3, R3", "STG.E desc[UR4][R8.64], R4")
+    assert predict.pace(wide, once=True) == predict.LATENCY["LDG"] + 1 + 4
+    assert predict._operands(wide.instructions[2]) == (set(), {"UR4", "R8", "R9", "R4"})
+    shuffle = loop("SHFL.BFLY PT, R33, R30, 0x2, 0x1f").instructions[0]
+    assert predict._operands(shuffle) == ({"R33"}, {"R30"})
+    assert predict._operands(loop("@P0 IADD3 R5, P1, R6, R7, RZ").instructions[0]) == ({"R5", "P1"}, {"P0", "R6", "R7"})
+
+
+def test_the_slowest_unit_binds():
+    h200, ada = card("NVIDIA H200"), card("NVIDIA GeForce RTX 4090")
+    exponentials = loop(*["MUFU.EX2 R1, R2"] * 16, *["FFMA R3, R4, R5, R6"] * 16)
+    assert predict.clocks(exponentials, h200)["special functions"] == 32
+    assert predict.clocks(exponentials, h200)["instruction issue"] == 8
+    assert (
+        predict.clocks(loop("LDS.128 R4, [R1]", "SHFL.BFLY PT, R3, R4, 0x1, 0x1f"), ada)["shared memory and shuffles"]
+        == 5
+    )
+    busy = predict.Work(exponentials, warps=132 * 1000, iterations=100, bytes=1.0, registers=32)
+    assert predict.predict(busy, h200).limit == "special functions"
+    # 132000 warps x 100 passes x 16 special functions x 32 lanes, 16 a clock on each of 132 multiprocessors
+    expected = 1000 * 100 * 32 / h200.clock
+    assert predict.predict(busy, h200).seconds == pytest.approx(expected + predict.LAUNCH + predict.RAMP)
+    moving = predict.Work(exponentials, warps=128, iterations=1, bytes=1e9)
+    assert predict.predict(moving, ada).limit == "memory"
+    assert predict.predict(moving, ada).seconds == pytest.approx(1e9 / (1008e9 * 0.92), rel=0.01)
+    alone = predict.Work(loop("LDG.E R1, desc[UR4][R1.64]"), warps=1, iterations=1000, bytes=1.0)
+    assert predict.predict(alone, ada).limit == "latency of one warp"
+
+
+def test_cards():
+    assert cards.find("NVIDIA GeForce RTX 4090").capability == 89 and cards.find("a card of tomorrow") is None
+    assert card("NVIDIA H200").special_rate == pytest.approx(4.2e12, rel=0.01)  # kernels.md 1.0
+    assert card("NVIDIA GeForce RTX 4090").special_rate == pytest.approx(5.2e12, rel=0.01)
