@@ -8,6 +8,11 @@
 //   L::select_greater(a, b, x, y) a > b ? x : y in every lane
 //   L::abs(x)
 //   L::scale_by_shifted(p, s)     p * 2^n where the low bits of s hold n (see kMagic)
+// and, where the machine has instructions for them, all or none of
+//   L::round(x), L::rest(x)       n, the integer next to x, and x - n (0 where x is infinite)
+//   L::scale(p, n)                p * 2^n for any n
+// and
+//   L::reciprocal(x)              1 / x for x from 1 to the largest number
 //
 // Polynomials: relative minimax fits (Remez), p(0) = 1 exactly, so that exp2(0) = 1 and a decay close to 1 stays
 // accurate. Measured in tests/jambatalk_kernels through the ops that use them.
@@ -42,6 +47,14 @@ struct MathConstants<float> {
                                      0.00961769297614318723f,
                                      0.00134066438474800602f,
                                      0.000155946770151054106f};
+  // e^x on [-ln(2)/2, ln(2)/2]
+  static constexpr float kExp[7] = {1.0f,
+                                    1.0f,
+                                    0.4999999403953552f,
+                                    0.1666652113199234f,
+                                    0.041668277233839035f,
+                                    0.008368686772882938f,
+                                    0.001381982583552599f};
   static constexpr int kAtanhDegree = 4;
   static constexpr float kAtanh[5] = {1.0f, 0.3333320814293106f, 0.200107636151252674f, 0.140009027009058756f,
                                       0.140059931245908045f};
@@ -67,6 +80,18 @@ struct MathConstants<double> {
                                        1.01806476605730693e-7,
                                        7.07257039454079943e-9,
                                        4.07807178609287042e-10};
+  static constexpr double kExp[12] = {1.0,
+                                      1.00000000000000067,
+                                      0.500000000000000555,
+                                      0.16666666666657301,
+                                      0.0416666666665736346,
+                                      0.00833333333771546329,
+                                      0.00138888889323405445,
+                                      0.000198412614913874726,
+                                      2.48015045112679762e-05,
+                                      2.75642549330642097e-06,
+                                      2.76262964828382306e-07,
+                                      2.2981310730188986e-08};
   static constexpr int kAtanhDegree = 9;
   static constexpr double kAtanh[10] = {1.0,
                                         0.333333333333388472,
@@ -80,32 +105,46 @@ struct MathConstants<double> {
                                         0.0886987444026829566};
 };
 
+// 2^x for x in [-1/2, 1/2].
+template <class L>
+JT_INLINE typename L::V exp2_unit(typename L::V x) {
+  using K = MathConstants<typename L::T>;
+  typename L::V p = L::splat(K::kExp2[K::kExp2Degree]);
+  for (int i = K::kExp2Degree - 1; i >= 0; --i) p = p * x + L::splat(K::kExp2[i]);
+  return p;
+}
+
 // 2^x. Relative error 3e-9 (float: below its rounding) and 2e-17 (double) plus roundings.
 template <class L>
 JT_INLINE typename L::V exp2(typename L::V x) {
   using K = MathConstants<typename L::T>;
-  x = L::min(L::splat(K::kHigh), L::max(L::splat(K::kLow), x));
-  const typename L::V shifted = x + L::splat(K::kMagic);
-  const typename L::V f = x - (shifted - L::splat(K::kMagic));  // in [-1/2, 1/2]
-  typename L::V p = L::splat(K::kExp2[K::kExp2Degree]);
-  for (int i = K::kExp2Degree - 1; i >= 0; --i) p = p * f + L::splat(K::kExp2[i]);
+  if constexpr (requires { L::scale(x, x); }) {
+    return L::scale(exp2_unit<L>(L::rest(x)), L::round(x));
+  } else {
+    x = L::min(L::splat(K::kHigh), L::max(L::splat(K::kLow), x));
+    const typename L::V shifted = x + L::splat(K::kMagic);
+    return L::scale_by_shifted(exp2_unit<L>(x - (shifted - L::splat(K::kMagic))), shifted);
+  }
+}
+
+// e^-x, with the argument reduced in two steps: accurate to the last bits for large |x| too, which exp2(-x * log2(e)) is
+// not. Saturates just below the largest finite number. (Of -x: that is what sigmoid and softplus need.)
+template <class L>
+JT_INLINE typename L::V exp_negative(typename L::V x) {
+  using K = MathConstants<typename L::T>;
+  // The lower bound is a little above the overflow: rounding must not push the result past infinity's bit pattern.
+  x = L::min(L::splat(-K::kLow * K::kLn2), L::max(L::splat((1.0f / 1024 - K::kHigh) * K::kLn2), x));
+  const typename L::V shifted = L::splat(K::kMagic) - x * L::splat(K::kLog2e);
+  const typename L::V n = shifted - L::splat(K::kMagic);
+  const typename L::V r = (x + n * L::splat(K::kLn2High)) + n * L::splat(K::kLn2Low);  // minus what is left of -x
+  typename L::V p = L::splat(K::kExp2Degree & 1 ? -K::kExp[K::kExp2Degree] : K::kExp[K::kExp2Degree]);
+  for (int i = K::kExp2Degree - 1; i >= 0; --i) p = p * r + L::splat(i & 1 ? -K::kExp[i] : K::kExp[i]);
   return L::scale_by_shifted(p, shifted);
 }
 
-// e^x, with the argument reduced in two steps: accurate to the last bits for large |x| too, which exp2(x * log2(e)) is
-// not. Saturates just below the largest finite number.
 template <class L>
 JT_INLINE typename L::V exp(typename L::V x) {
-  using K = MathConstants<typename L::T>;
-  // The upper bound is a little below the overflow: rounding must not push the result past infinity's bit pattern.
-  x = L::min(L::splat((K::kHigh - 1.0f / 1024) * K::kLn2), L::max(L::splat(K::kLow * K::kLn2), x));
-  const typename L::V shifted = x * L::splat(K::kLog2e) + L::splat(K::kMagic);
-  const typename L::V n = shifted - L::splat(K::kMagic);
-  const typename L::V r = (x - n * L::splat(K::kLn2High)) - n * L::splat(K::kLn2Low);
-  const typename L::V f = r * L::splat(K::kLog2e);
-  typename L::V p = L::splat(K::kExp2[K::kExp2Degree]);
-  for (int i = K::kExp2Degree - 1; i >= 0; --i) p = p * f + L::splat(K::kExp2[i]);
-  return L::scale_by_shifted(p, shifted);
+  return exp_negative<L>(-x);
 }
 
 // log(1 + x) for x in [0, 1], relative accuracy also near 0: 2 atanh(x / (2 + x)).
@@ -122,13 +161,18 @@ JT_INLINE typename L::V log1p_unit(typename L::V x) {
 // log(1 + e^x); x itself above 20, as torch.nn.functional.softplus.
 template <class L>
 JT_INLINE typename L::V softplus(typename L::V x) {
-  const typename L::V y = L::max(L::splat(0), x) + log1p_unit<L>(exp<L>(-L::abs(x)));
+  const typename L::V y = L::max(L::splat(0), x) + log1p_unit<L>(exp_negative<L>(L::abs(x)));
   return L::select_greater(x, L::splat(20), x, y);
 }
 
 template <class L>
 JT_INLINE typename L::V sigmoid(typename L::V x) {
-  return L::splat(1) / (L::splat(1) + exp<L>(-x));
+  const typename L::V denominator = L::splat(1) + exp_negative<L>(x);
+  if constexpr (requires { L::reciprocal(x); }) {
+    return L::reciprocal(denominator);
+  } else {
+    return L::splat(1) / denominator;
+  }
 }
 
 // The derivative of softplus, with the same threshold.

@@ -10,7 +10,9 @@
 namespace jambatalk {
 namespace {
 
-constexpr int64_t kChunk = 128;  // positions staged at a time: a block's rows stay in the L1 cache
+constexpr int64_t kForwardChunk = 32;   // positions of one task: few, so that the threads end together
+constexpr int64_t kBackwardChunk = 64;  // positions staged at a time
+constexpr int64_t kChannelGroup = 128;  // channels of one task, backward; kStagedChannels of the kernel
 
 ConvCall describe(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                   const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens, bool silu,
@@ -25,9 +27,6 @@ ConvCall describe(const Tensor& x, const Tensor& weight, const OptionalTensor& b
   call.bias = as_array("bias", bias, {call.channels});
   call.initial_state =
       as_array("initial_state", initial_state, {sequences_of(cu_seqlens, call.batch), call.width - 1, call.channels});
-  // About 64 channels a task: neighbouring blocks share cache lines, and there is work for several threads.
-  call.group_channels = group_size(call.channels, std::max<int64_t>(1, call.channels / 64));
-  call.groups = group_count(call.channels, call.group_channels);
   return call;
 }
 
@@ -43,14 +42,16 @@ std::tuple<Tensor, Tensor> causal_conv1d(const Tensor& x, const Tensor& weight, 
                                          bool silu) {
   check_dimensions(x, weight, 3);
   const int64_t sequences = sequences_of(cu_seqlens, x.size(0));
-  const Pieces pieces(cu_seqlens, x.size(0), x.size(1), kChunk);
+  const Pieces pieces(cu_seqlens, x.size(0), x.size(1), kForwardChunk);
   ConvCall call = describe(x, weight, bias, initial_state, cu_seqlens, silu, pieces);
   Tensor y = new_tensor(x.scalar_type(), {call.batch, call.length, call.channels});
   if (call.packed) fill_zero(y);  // positions outside of every sequence
   Tensor final_state = new_tensor(compute_type(x), {sequences, call.width - 1, call.channels});
   call.y = as_array("y", y, {call.batch, call.length, call.channels});
   call.final_state = as_array("final_state", final_state, {sequences, call.width - 1, call.channels});
-  run_tasks(kernels_for(compute_type(x)).conv_forward, call, call.length * call.group_channels * (call.width + 16) / 8);
+  call.groups = call.piece_count;
+  run_tasks(kernels_for(compute_type(x)).conv_forward, call,
+            (call.max_piece + 1) * (call.channels + 1) * (call.width + 16) / 16);
   return {y, final_state};
 }
 
@@ -59,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(
     const OptionalTensor& bias, const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens, bool silu) {
   check_dimensions(x, weight, 3);
   const int64_t sequences = sequences_of(cu_seqlens, x.size(0));
-  const Pieces pieces(cu_seqlens, x.size(0), x.size(1), kChunk);
+  const Pieces pieces(cu_seqlens, x.size(0), x.size(1), kBackwardChunk);
   ConvCall call = describe(x, weight, bias, initial_state, cu_seqlens, silu, pieces);
   const int64_t b = call.batch, l = call.length, c = call.channels, width = call.width;
   const ScalarType type = compute_type(x);
@@ -75,7 +76,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(
   Tensor dweight_partial = new_tensor(type, {b, c, width}), dbias_partial = new_tensor(type, {b, c});
   call.dweight_partial = dweight_partial.mutable_data_ptr();
   call.dbias_partial = dbias_partial.mutable_data_ptr();
-  run_tasks(kernels_for(type).conv_backward, call, l * call.group_channels * (3 * width + 16) / 8);
+  call.group_channels = kChannelGroup, call.groups = group_count(c, kChannelGroup);
+  run_tasks(kernels_for(type).conv_backward, call, l * kChannelGroup * (3 * width + 24) / 16);
   Tensor dweight = new_tensor(weight.scalar_type(), {c, width}), dbias = new_gradient(bias, type, {c});
   sum_over_batch(dweight_partial, dweight);
   if (bias.has_value()) sum_over_batch(dbias_partial, dbias);

@@ -71,7 +71,8 @@ struct ConvCall {
   const Piece* pieces;
   int64_t piece_count;
   int64_t max_piece;  // positions of the longest piece
-  int64_t group_channels, groups;
+  int64_t groups;          // tasks of one batch entry: pieces forward, groups of channels backward
+  int64_t group_channels;  // backward
   bool silu;
   Array x;              // (batch, length, channels)
   Array weight, bias;   // (channels, width), (channels)

@@ -3,11 +3,30 @@
 // never be linked into the path that runs without it.
 #pragma once
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "common/math.h"
 #include "cpu/kernels.h"
 
+// Where the vectors are the machine's own, instructions say what the vector extension cannot. ("wide" has vectors of
+// 64 bytes too, and no instructions for them.)
+#if defined(__AVX512F__) && JT_WIDTH == 64
+#define JT_AVX512 1
+#elif defined(__AVX2__) && JT_WIDTH == 32
+#define JT_AVX2 1
+#endif
+#if defined(JT_AVX512) || JT_WIDTH < 64
+#define JT_NATIVE true
+#else
+#define JT_NATIVE false
+#endif
+
 namespace jambatalk {
 namespace JT_ISA {
+
+constexpr bool kNativeVectors = JT_NATIVE;
 
 template <class T>
 struct BitsOf;
@@ -37,8 +56,22 @@ struct Lanes {
     return value;
   }
   static JT_INLINE void store(T* to, V value) { __builtin_memcpy(to, &value, sizeof(V)); }
-  static JT_INLINE V max(V bound, V x) { return bound > x ? bound : x; }
-  static JT_INLINE V min(V bound, V x) { return bound < x ? bound : x; }
+  static JT_INLINE V max(V bound, V x) {
+#if defined(JT_AVX512)
+    if constexpr (sizeof(T) == 4) return (V)_mm512_maskz_max_ps(-1, (__m512)bound, (__m512)x);
+#elif defined(JT_AVX2)
+    if constexpr (sizeof(T) == 4) return (V)_mm256_max_ps((__m256)bound, (__m256)x);
+#endif
+    return bound > x ? bound : x;
+  }
+  static JT_INLINE V min(V bound, V x) {
+#if defined(JT_AVX512)
+    if constexpr (sizeof(T) == 4) return (V)_mm512_maskz_min_ps(-1, (__m512)bound, (__m512)x);
+#elif defined(JT_AVX2)
+    if constexpr (sizeof(T) == 4) return (V)_mm256_min_ps((__m256)bound, (__m256)x);
+#endif
+    return bound < x ? bound : x;
+  }
   static JT_INLINE V select_greater(V a, V b, V x, V y) { return a > b ? x : y; }
   static JT_INLINE V abs(V x) { return (V)((U)x & (Bits)(~Bits{0} >> 1)); }
   static JT_INLINE V scale_by_shifted(V p, V shifted) { return (V)((U)p + ((U)shifted << BitsOf<T>::kMantissa)); }
@@ -47,7 +80,108 @@ struct Lanes {
     for (int i = 0; i < W; ++i) total += x[i];
     return total;
   }
+#if defined(JT_AVX512)
+  // What common/math.h uses where it is there: x rounded to an integer n, the rest x - n (0 for an infinite x), p * 2^n;
+  // 1 / x to about the last bit, from 14 bits and one Newton step.
+  static JT_INLINE V round(V x)
+    requires(sizeof(T) == 4)
+  {
+    return (V)_mm512_maskz_roundscale_ps(-1, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  static JT_INLINE V rest(V x)
+    requires(sizeof(T) == 4)
+  {
+    return (V)_mm512_maskz_reduce_ps(-1, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  static JT_INLINE V scale(V p, V n)
+    requires(sizeof(T) == 4)
+  {
+    return (V)_mm512_maskz_scalef_ps(-1, (__m512)p, (__m512)n);
+  }
+  static JT_INLINE V reciprocal(V x)
+    requires(sizeof(T) == 4)
+  {
+    const V guess = (V)_mm512_maskz_rcp14_ps(-1, (__m512)x);
+    return guess + guess * (splat(1) - x * guess);
+  }
+#endif
 };
+
+// ---- across lanes ---------------------------------------------------------------------------------------------------
+
+// Swaps blocks of S lanes between two vectors: low = a with its odd blocks from b's even ones, high = b with its even
+// blocks from a's odd ones.
+template <class L, int S>
+JT_INLINE void exchange(typename L::V a, typename L::V b, typename L::V& low, typename L::V& high) {
+#if defined(__clang__)
+  for (int j = 0; j < L::W; ++j) low[j] = j & S ? b[j - S] : a[j], high[j] = j & S ? b[j] : a[j + S];
+#else
+  typename L::U to_low, to_high;
+  for (int j = 0; j < L::W; ++j) to_low[j] = j & S ? L::W + j - S : j, to_high[j] = j & S ? L::W + j : j + S;
+  low = __builtin_shuffle(a, b, to_low), high = __builtin_shuffle(a, b, to_high);
+#endif
+}
+
+// A square of W vectors, turned in registers.
+template <class L, int S>
+JT_INLINE void exchange_rows(typename L::V* square) {
+#pragma GCC unroll 16
+  for (int i = 0; i < L::W; ++i) {
+    if ((i & S) == 0) exchange<L, S>(square[i], square[i + S], square[i], square[i + S]);
+  }
+  if constexpr (S > 1) exchange_rows<L, S / 2>(square);
+}
+template <class L>
+__attribute__((noinline)) void transpose(typename L::V* square) {
+  if constexpr (kNativeVectors) {
+    typename L::V rows[L::W];
+    for (int i = 0; i < L::W; ++i) rows[i] = square[i];
+    exchange_rows<L, L::W / 2>(rows);
+    for (int i = 0; i < L::W; ++i) square[i] = rows[i];
+  } else {
+    for (int i = 0; i < L::W; ++i) {
+      for (int j = 0; j < i; ++j) {
+        const typename L::T kept = square[i][j];
+        square[i][j] = square[j][i], square[j][i] = kept;
+      }
+    }
+  }
+}
+
+// Lane j of the result: the sum of the lanes of rows[j].
+template <class L, int S>
+JT_INLINE typename L::V fold_rows(const typename L::V* rows) {
+  typename L::V half[S];
+#pragma GCC unroll 8
+  for (int i = 0; i < S; ++i) {
+    typename L::V low, high;
+    exchange<L, S>(rows[i], rows[i + S], low, high);
+    half[i] = low + high;
+  }
+  if constexpr (S > 1) {
+    return fold_rows<L, S / 2>(half);
+  } else {
+    return half[0];
+  }
+}
+template <class L>
+__attribute__((noinline)) typename L::V sum_lanes(const typename L::V* rows) {
+  if constexpr (kNativeVectors) {
+    return fold_rows<L, L::W / 2>(rows);
+  } else {
+    typename L::V sums;
+    for (int i = 0; i < L::W; ++i) sums[i] = L::sum(rows[i]);
+    return sums;
+  }
+}
+
+// to[i] = the sum of the lanes of rows[i]
+template <class L>
+JT_INLINE void sum_lanes_of(const typename L::V* rows, int64_t count, typename L::T* to) {
+  int64_t i = 0;
+  for (; i + L::W <= count; i += L::W) L::store(to + i, sum_lanes<L>(rows + i));
+  for (; i < count; ++i) to[i] = L::sum(rows[i]);
+}
 
 // ---- any dtype in memory, T in registers ----------------------------------------------------------------------------
 
@@ -57,6 +191,11 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+
+template <class A, class B>
+inline constexpr bool kSame = false;
+template <class A>
+inline constexpr bool kSame<A, A> = true;
 
 JT_INLINE float bits_to_float(uint32_t bits) {
   float value;
@@ -121,6 +260,66 @@ struct Narrow<Float16> {  // round to nearest even, overflow to infinity, subnor
   }
 };
 
+// W numbers of any type in memory, as a vector, and back.
+template <class L, class M>
+JT_INLINE typename L::V load_as(const M* from) {
+  using V = typename L::V;
+  if constexpr (kSame<M, typename L::T>) {
+    return L::load(from);
+  } else if constexpr (kSame<M, BFloat16> && kSame<typename L::T, float>) {
+#if defined(JT_AVX512)
+    return (V)_mm512_maskz_slli_epi32(-1, _mm512_maskz_cvtepu16_epi32(-1, _mm256_loadu_si256((const __m256i*)from)), 16);
+#else
+    typedef uint16_t Half __attribute__((vector_size(L::W * 2)));
+    Half bits;
+    __builtin_memcpy(&bits, from, sizeof(Half));
+    return (V)(__builtin_convertvector(bits, typename L::U) << 16);
+#endif
+  } else {
+#if defined(JT_AVX512)
+    if constexpr (kSame<M, Float16> && kSame<typename L::T, float>) {
+      return (V)_mm512_maskz_cvtph_ps(-1, _mm256_loadu_si256((const __m256i*)from));
+    }
+#elif defined(JT_AVX2)
+    if constexpr (kSame<M, Float16> && kSame<typename L::T, float>) {
+      return (V)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+    }
+#endif
+    V value = {};
+    for (int k = 0; k < L::W; ++k) value[k] = typename L::T(widen(from[k]));
+    return value;
+  }
+}
+template <class L, class M>
+JT_INLINE void store_as(M* to, typename L::V value) {
+  if constexpr (kSame<M, typename L::T>) {
+    L::store(to, value);
+  } else if constexpr (kSame<M, BFloat16> && kSame<typename L::T, float>) {  // as Narrow, in lanes
+    using U = typename L::U;
+    const U bits = (U)value;
+    const U rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const U kept = value == value ? rounded : U{} + 0x7fc0;
+#if defined(JT_AVX512)
+    _mm256_storeu_si256((__m256i*)to, _mm512_maskz_cvtepi32_epi16(-1, (__m512i)kept));
+#else
+    typedef uint16_t Half __attribute__((vector_size(L::W * 2)));
+    const Half half = __builtin_convertvector(kept, Half);
+    __builtin_memcpy(to, &half, sizeof(Half));
+#endif
+  } else {
+#if defined(JT_AVX512)
+    if constexpr (kSame<M, Float16> && kSame<typename L::T, float>) {
+      return _mm256_storeu_si256((__m256i*)to, _mm512_maskz_cvtps_ph(-1, (__m512)value, _MM_FROUND_TO_NEAREST_INT));
+    }
+#elif defined(JT_AVX2)
+    if constexpr (kSame<M, Float16> && kSame<typename L::T, float>) {
+      return _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
+    }
+#endif
+    for (int k = 0; k < L::W; ++k) to[k] = Narrow<M>::from(value[k]);
+  }
+}
+
 // Calls f with a null pointer of the array's memory type: one branch a block, not one an element.
 template <class F>
 JT_INLINE void with_memory_type(Dtype dtype, F f) {
@@ -136,6 +335,20 @@ JT_INLINE void with_memory_type(Dtype dtype, F f) {
   }
 }
 
+// The same for an array of u's or x's dtype, which decides what is computed in.
+template <class T, class F>
+JT_INLINE void with_input_type(Dtype dtype, F f) {
+  if constexpr (kSame<T, double>) {
+    f((double*)nullptr);
+  } else if (dtype == Dtype::kFloat32) {
+    f((float*)nullptr);
+  } else if (dtype == Dtype::kBFloat16) {
+    f((BFloat16*)nullptr);
+  } else {
+    f((Float16*)nullptr);
+  }
+}
+
 JT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class P>
@@ -147,61 +360,52 @@ struct PointeeOf<M*> {
 template <class P>
 using Pointee = typename PointeeOf<P>::type;
 
-template <class A, class B>
-inline constexpr bool kSame = false;
-template <class A>
-inline constexpr bool kSame<A, A> = true;
-
 // Channels are staged by the strip: a cache line's worth of float32, so that a row that is pages away from the next is
 // touched once.
 template <class L>
 inline constexpr int kStrip = 64 / JT_WIDTH;  // vectors
 
-// rows[r * pitch + t] = array[i, j0 + t, c0 + r * W ..) for r < R vectors; `valid` of the R * W channels exist, the
-// others are zero, as is an absent array.
+// rows[r * pitch + t * step] = array[i, j0 + t, c0 + r * W ..) for r < R vectors; `valid` of the R * W channels exist,
+// the others are zero, as is an absent array.
 template <class L, int R = 1>
 void load_rows(typename L::V* rows, int64_t pitch, const Array& array, int64_t i, int64_t j0, int64_t count, int64_t c0,
-               int64_t valid) {
+               int64_t valid, int64_t step = 1) {
   using T = typename L::T;
   using V = typename L::V;
   if (array.data == nullptr) {
     for (int r = 0; r < R; ++r) {
-      for (int64_t t = 0; t < count; ++t) rows[r * pitch + t] = V{};
+      for (int64_t t = 0; t < count; ++t) rows[r * pitch + t * step] = V{};
     }
     return;
   }
   with_memory_type(array.dtype, [&](auto* type) {
     using M = Pointee<decltype(type)>;
-    const int64_t row = array.stride[1], step = array.stride[2];
-    const M* from = (const M*)array.data + i * array.stride[0] + j0 * row + c0 * step;
-    if (valid >= R * L::W && step == 1) {
+    const int64_t row = array.stride[1], column = array.stride[2];
+    const M* from = (const M*)array.data + i * array.stride[0] + j0 * row + c0 * column;
+    if (valid >= R * L::W && column == 1) {
       for (int64_t t = 0; t < count; ++t, from += row) {
         // The next strip's part of the row, on its way to the L2 cache while this strip is computed.
         if constexpr (R * L::W * sizeof(M) >= 64) __builtin_prefetch(from + R * L::W, 0, 2);
-        for (int r = 0; r < R; ++r) {
-          if constexpr (kSame<M, T>) {
-            rows[r * pitch + t] = L::load((const T*)from + r * L::W);
-          } else {
-            V value;
-            for (int k = 0; k < L::W; ++k) value[k] = T(widen(from[r * L::W + k]));
-            rows[r * pitch + t] = value;
-          }
-        }
+        for (int r = 0; r < R; ++r) rows[r * pitch + t * step] = load_as<L>(from + r * L::W);
       }
       return;
     }
-    for (int r = 0; r < R; ++r, from += L::W * step) {
+    for (int r = 0; r < R; ++r, from += L::W * column) {
       const int64_t lanes = smaller(L::W, valid - r * L::W);
-      if (row == 1) {  // time runs fastest in memory: read along it
-        for (int k = 0; k < L::W; ++k) {
-          for (int64_t t = 0; t < count; ++t) rows[r * pitch + t][k] = k < lanes ? T(widen(from[k * step + t])) : T(0);
+      V* to = rows + r * pitch;
+      int64_t t = 0;
+      if (row == 1) {  // time runs fastest in memory: read along it, and turn squares of W channels and positions
+        for (; t + L::W <= count; t += L::W) {
+          V square[L::W];
+          for (int k = 0; k < L::W; ++k) square[k] = k < lanes ? load_as<L>(from + k * column + t) : V{};
+          transpose<L>(square);
+          for (int k = 0; k < L::W; ++k) to[(t + k) * step] = square[k];
         }
-      } else {
-        for (int64_t t = 0; t < count; ++t) {
-          V value = {};
-          for (int k = 0; k < lanes; ++k) value[k] = T(widen(from[t * row + k * step]));
-          rows[r * pitch + t] = value;
-        }
+      }
+      for (; t < count; ++t) {
+        V value = {};
+        for (int k = 0; k < lanes; ++k) value[k] = T(widen(from[t * row + k * column]));
+        to[t * step] = value;
       }
     }
   });
@@ -213,19 +417,17 @@ void store_rows(const typename L::V* rows, int64_t pitch, const Array& array, in
   if (array.data == nullptr) return;
   with_memory_type(array.dtype, [&](auto* type) {
     using M = Pointee<decltype(type)>;
-    const int64_t row = array.stride[1], step = array.stride[2];
-    M* to = (M*)array.data + i * array.stride[0] + j0 * row + c0 * step;
+    const int64_t row = array.stride[1], column = array.stride[2];
+    M* to = (M*)array.data + i * array.stride[0] + j0 * row + c0 * column;
     for (int64_t t = 0; t < count; ++t, to += row) {
       for (int r = 0; r < R; ++r) {
         const typename L::V value = rows[r * pitch + t];
-        if constexpr (kSame<M, typename L::T>) {
-          if (valid >= (r + 1) * L::W && step == 1) {
-            L::store((typename L::T*)to + r * L::W, value);
-            continue;
-          }
-        }
         const int64_t lanes = smaller(L::W, valid - r * L::W);
-        for (int k = 0; k < lanes; ++k) to[(r * L::W + k) * step] = Narrow<M>::from(value[k]);
+        if (lanes == L::W && column == 1) {
+          store_as<L>(to + r * L::W, value);
+        } else {
+          for (int k = 0; k < lanes; ++k) to[(r * L::W + k) * column] = Narrow<M>::from(value[k]);
+        }
       }
     }
   });
@@ -252,7 +454,7 @@ void load_matrix(T* flat, const Array& array, int64_t i, int64_t j0, int64_t row
 // A (channels,) array as one vector: array[c0 .. c0 + W).
 template <class L>
 typename L::V load_channels(const Array& array, int64_t c0, int64_t valid) {
-  typename L::V value;
+  typename L::V value = {};
   load_rows<L>(&value, 1, array, 0, 0, 1, c0, valid);
   return value;
 }

@@ -287,10 +287,8 @@ void scan_backward(const ScanCall& call, int64_t task_begin, int64_t task_end) {
       // (batch, groups, length, 2 * states): lanes summed here, groups by the host side.
       T* partial = (T*)call.dBC_partial + (((batch * call.groups + group) * call.length + begin) * 2) * N;
       for (int64_t t = 0; t < count; ++t, partial += 2 * N) {
-        for (int64_t n = 0; n < N; ++n) {
-          partial[n] = L::sum(sum_B[t * N + n]);
-          partial[N + n] = L::sum(sum_C[t * N + n]);
-        }
+        sum_lanes_of<L>(sum_B + t * N, N, partial);
+        sum_lanes_of<L>(sum_C + t * N, N, partial + N);
       }
     }
     for (int64_t c = group_begin, k = 0; c < group_end; c += L::W, ++k) {
@@ -341,6 +339,7 @@ void scan_step(const ScanStepCall& call, int64_t task_begin, int64_t task_end) {
       if (call.softplus) delta = softplus<L>(delta);
       const V drive = delta * u;
       V y = load_channels<L>(call.D, c, valid) * u;
+      V sums[L::W] = {};
       for (int lane = 0; lane < valid; ++lane) {
         const V log_rate = L::splat(delta[lane] * MathConstants<T>::kLog2e), x = L::splat(drive[lane]);
         V sum = {};
@@ -361,8 +360,9 @@ void scan_step(const ScanStepCall& call, int64_t task_begin, int64_t task_end) {
             store_rows<L>(h + v, 1, call.state, batch, c + lane, 1, v * L::W, N - v * L::W);
           }
         }
-        y[lane] += L::sum(sum);
+        sums[lane] = sum;
       }
+      y += sum_lanes<L>(sums);
       if (call.z.data != nullptr) y *= silu<L>(load_channel_row(call.z));
       store_rows<L>(&y, 1, call.y, 0, batch, 1, c, valid);
     }
