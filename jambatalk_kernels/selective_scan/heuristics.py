@@ -73,24 +73,26 @@ def forward_layout(sequences: int, length: int, channels: int, states: int, mult
 
 
 def backward_layout(sequences: int, length: int, channels: int, states: int, multiprocessors: int) -> Layout:
-    """As many warps per program as fill the card: the wider a program, the fewer partial sums of dB and dC."""
+    """As :func:`forward_layout`, with as many warps per program as leave three programs for four multiprocessors: the
+    wider a program, the fewer partial sums of dB and dC. Registers allow two channels per lane and eight warps."""
     padded = max(4, _power_of_two(states))
     lanes_n = max(4, min(LANES, padded // 4))
     enough = FEWEST_WARPS * multiprocessors
 
-    def warps_in_all() -> int:
-        return sequences * -(-channels * lanes_n // LANES)
+    def warps_in_all(channels_per_lane: int = 1) -> int:
+        return sequences * -(-channels * lanes_n // (LANES * channels_per_lane))
 
     while lanes_n < min(LANES, padded) and warps_in_all() < enough:
         lanes_n *= 2
+    per_lane = 2 if padded // lanes_n <= 4 and warps_in_all(2) >= ENOUGH_WARPS * multiprocessors * 3 // 4 else 1
     splits = 1
     if warps_in_all() * 2 <= enough:
         chunks = -(-length // chunk_length(states))
         splits = max(1, min(chunks // 4, -(-enough // max(1, warps_in_all()))))
     warps = 8
-    while warps > 1 and warps_in_all() * splits < multiprocessors * warps:
+    while warps > 1 and warps_in_all(per_lane) * splits * 4 < multiprocessors * warps * 3:
         warps //= 2
-    layout = _layout(padded, 1, lanes_n, channels, warps, splits)
+    layout = _layout(padded, per_lane, lanes_n, channels, warps, splits)
     return layout._replace(steps=min(layout.steps, 4))
 
 

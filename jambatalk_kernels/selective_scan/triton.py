@@ -362,7 +362,7 @@ def _gate(grad_y, now_z):
     return grad_y * now_z * sigmoid, sigmoid
 
 
-@triton.jit(do_not_specialize=["splits", "first"])
+@triton.jit(do_not_specialize=["splits"])
 def _backward_ends_kernel(
     grad_y, delta, A, C, z, delta_bias, cu_seqlens, boundaries, sums, length, channels, splits,
     sg_b, sg_t, sg_c, sd_b, sd_t, sd_c, sA_c, sA_n, sC_b, sC_t, sC_n, sz_b, sz_t, sz_c, sbias,
@@ -526,45 +526,61 @@ def _backward_kernel(
             h = tl.load(initial_state + at + c[None] * si_c + n * si_n, mask=both_ok, other=0.0).to(ACC)
         else:
             h = state_zeros
+        time = tl.cast(base, tl.int64)
+        valid = channel_ok & (base + row >= low) & (base + row < high)
+        next_u = tl.load(u + time * su_t, mask=valid, other=0.0)
+        next_delta = tl.load(delta + time * sd_t, mask=valid, other=0.0)
         for tile in range(0, tiles - 1):
             tl.store(scratch + tile * KEPT, h)
             t = base + tile * STEPS
-            time = tl.cast(t, tl.int64)
-            valid = channel_ok & (t + row >= low)
-            now_u = tl.load(u + time * su_t, mask=valid, other=0.0).to(ACC)
-            raw = tl.load(delta + time * sd_t, mask=valid, other=0.0)
-            now_delta = _positive_delta(raw, bias, valid, SOFTPLUS, ACC)
+            now_u = next_u.to(ACC)
+            now_delta = _positive_delta(next_delta, bias, valid, SOFTPLUS, ACC)
+            time = tl.cast(t + STEPS, tl.int64)
+            valid = channel_ok & (t + STEPS + row < high)
+            next_u = tl.load(u + time * su_t, mask=valid, other=0.0)
+            next_delta = tl.load(delta + time * sd_t, mask=valid, other=0.0)
             x = now_delta * now_u
             for i in tl.static_range(STEPS):
                 at = tl.cast(tl.maximum(t + i, low), tl.int64)
                 b = tl.load(B + at * sB_t, mask=state_ok, other=0.0).to(ACC)
-                h = (
-                    tl.exp2(_row(now_delta, i, lane, LANES_N)[None] * log2_decay) * h
-                    + _row(x, i, lane, LANES_N)[None] * b
-                )
+                decay = tl.exp2(_row(now_delta, i, lane, LANES_N)[None] * log2_decay)
+                h = decay * h + _row(x, i, lane, LANES_N)[None] * b
         tl.debug_barrier()
 
+        # What the walk forward left in next_u and next_delta is of the last tile, where the walk back begins.
+        if grad_y is not None:
+            next_grad = tl.load(grad_y + time * sg_t, mask=valid, other=0.0)
+        if z is not None:
+            next_z = tl.load(z + time * sz_t, mask=valid, other=0.0)
         for back in range(0, tiles):
             tile = tiles - 1 - back
             t = base + tile * STEPS
             time = tl.cast(t, tl.int64)
-            valid = channel_ok & (t + row >= low) & (t + row < high)
-            now_u = tl.load(u + time * su_t, mask=valid, other=0.0).to(ACC)
-            raw = tl.load(delta + time * sd_t, mask=valid, other=0.0).to(ACC)
+            now_valid = valid
+            now_u = next_u.to(ACC)
+            raw = next_delta.to(ACC)
             e = zeros
             if grad_y is not None:
-                e = tl.load(grad_y + time * sg_t, mask=valid, other=0.0).to(ACC)
+                e = next_grad.to(ACC)
             if z is not None:
-                now_z = tl.load(z + time * sz_t, mask=valid, other=0.0).to(ACC)
+                now_z = next_z.to(ACC)
                 grad = e
                 e, sigmoid = _gate(grad, now_z)
-            now_delta = _positive_delta(raw, bias, valid, SOFTPLUS, ACC)
+            now_delta = _positive_delta(raw, bias, now_valid, SOFTPLUS, ACC)
             x = now_delta * now_u
+            # The tile before, and the state that it starts from.
+            valid = channel_ok & (t - STEPS + row >= low)
+            next_u = tl.load(u + (time - STEPS) * su_t, mask=valid, other=0.0)
+            next_delta = tl.load(delta + (time - STEPS) * sd_t, mask=valid, other=0.0)
+            if grad_y is not None:
+                next_grad = tl.load(grad_y + (time - STEPS) * sg_t, mask=valid, other=0.0)
+            if z is not None:
+                next_z = tl.load(z + (time - STEPS) * sz_t, mask=valid, other=0.0)
 
             decays = ()
-            ws = ()
-            bs = ()
+            hs = ()
             cs = ()
+            dcs = ()
             parts_y = ()
             for i in tl.static_range(STEPS):
                 # Beyond either end is a position of no weight; the nearest row stands for its row.
@@ -572,34 +588,35 @@ def _backward_kernel(
                 b = tl.load(B + at * sB_t, mask=state_ok, other=0.0).to(ACC)
                 read_c = tl.load(C + at * sC_t, mask=state_ok, other=0.0).to(ACC)
                 decay = tl.exp2(_row(now_delta, i, lane, LANES_N)[None] * log2_decay)
-                w = decay * h
-                h = w + _row(x, i, lane, LANES_N)[None] * b
+                hs = hs + (h,)
+                h = decay * h + _row(x, i, lane, LANES_N)[None] * b
                 if z is not None:
                     parts_y = parts_y + (tl.sum(h * read_c, 0),)
+                dcs = dcs + (tl.sum(h * _row(e, i, lane, LANES_N)[None], 1),)
                 decays = decays + (decay,)
-                ws = ws + (w,)
-                bs = bs + (b,)
                 cs = cs + (read_c,)
             if z is not None:
                 y = _collect(parts_y, lane, 1, LANES_N)[0]
                 if D is not None:
                     y += skip * now_u
                 now_dz = grad * y * sigmoid * (1 + now_z * (1 - sigmoid))
-                tl.store(dz + time * channels, now_dz, mask=valid & (lane % LANES_N < STEPS))
+                tl.store(dz + time * channels, now_dz, mask=now_valid & (lane % LANES_N < STEPS))
 
             parts_x = ()
             parts_s = ()
             parts_row = ()
             for i in tl.static_range(STEPS - 1, -1, -1):
                 x_i = _row(x, i, lane, LANES_N)[None]
-                e_i = _row(e, i, lane, LANES_N)[None]
-                g += cs[i] * e_i
-                gw = g * ws[i]
-                dA += gw * _row(now_delta, i, lane, LANES_N)[None]
-                parts_x = (tl.sum(g * bs[i], 0),) + parts_x
-                parts_s = (tl.sum(gw * log2_decay, 0),) + parts_s
-                parts_row = (tl.sum(g * x_i, 1), tl.sum((ws[i] + x_i * bs[i]) * e_i, 1)) + parts_row
+                # Read again, from the cache: the registers for it are not there.
+                at = tl.cast(tl.minimum(tl.maximum(t + i, low), high - 1), tl.int64)
+                b = tl.load(B + at * sB_t, mask=state_ok, other=0.0).to(ACC)
+                g += cs[i] * _row(e, i, lane, LANES_N)[None]
+                parts_x = (tl.sum(g * b, 0),) + parts_x
+                parts_row = (tl.sum(g * x_i, 1), dcs[i]) + parts_row
                 g *= decays[i]
+                gw = g * hs[i]
+                dA += gw * _row(now_delta, i, lane, LANES_N)[None]
+                parts_s = (tl.sum(gw * log2_decay, 0),) + parts_s
             dx = _collect(parts_x, lane, 1, LANES_N)[0]
             ds = _collect(parts_s, lane, 1, LANES_N)[0] * LN2
             now_du = now_delta * dx
@@ -612,9 +629,9 @@ def _backward_kernel(
                     raw += bias
                 now_ddelta = tl.where(raw > 20, now_ddelta, now_ddelta * _sigmoid(raw))
             if bias is not None:
-                dbias += tl.where(valid, now_ddelta, 0.0)
-            tl.store(du + time * channels, now_du, mask=valid & (lane % LANES_N < STEPS))
-            tl.store(ddelta + time * channels, now_ddelta, mask=valid & (lane % LANES_N < STEPS))
+                dbias += tl.where(now_valid, now_ddelta, 0.0)
+            tl.store(du + time * channels, now_du, mask=now_valid & (lane % LANES_N < STEPS))
+            tl.store(ddelta + time * channels, now_ddelta, mask=now_valid & (lane % LANES_N < STEPS))
 
             parts_row = _collect(parts_row, row_lane, LANES_N, 32)
             for i in tl.static_range(len(parts_row)):
@@ -623,8 +640,7 @@ def _backward_kernel(
                 at = (which % 2).to(tl.int64) * row_total + position.to(tl.int64) * STATES + row_state
                 ok = (position >= low) & (position < high) & (row_state < STATES) & (kept < AT_ONCE)
                 tl.store(rows + at, tl.sum(parts_row[i], 1), mask=ok)
-            if tile > 0:
-                h = tl.load(scratch + (tile - 1) * KEPT)
+            h = tl.load(scratch + tl.maximum(tile - 1, 0) * KEPT)
         tl.debug_barrier()
 
     # A lane beyond STEPS holds the same positions again.
@@ -879,7 +895,7 @@ def _strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:
 
 def ahead_of_time_cases() -> list[dict]:
     """Launches that tests compile without a GPU: every kernel as a trained model calls it, on a card of 128 SMs."""
-    forward = {"SOFTPLUS": True, "ACC": tl.float32}
+    softplus = {"SOFTPLUS": True, "ACC": tl.float32}
     cases = []
     for name, layout, states, purpose, saves in (
         ("forward", forward_layout(8, 2048, 2048, 16, 128), 16, WHOLE, False),
@@ -894,12 +910,23 @@ def ahead_of_time_cases() -> list[dict]:
             without["chunk_states"] = None
         if purpose.value == WHOLE.value:
             without |= {"boundaries": None, "sums": None}
-        constants = {**forward, "STATES": states, "CHUNK": chunk_length(states), "PURPOSE": purpose.value}
+        constants = {**softplus, "STATES": states, "CHUNK": chunk_length(states), "PURPOSE": purpose.value}
         cases.append(_case(name, _forward_kernel, layout, {**constants, "STEPS": layout.steps}, without))
     layout = forward_layout(1, 60_000, 256, 16, 128)
     constants = {"STATES": 16, "ACC": tl.float32, "REVERSE": False}
     cases.append(_case("join", _join_kernel, layout, constants, {"initial_state": None}))
-    cases.append(_case("step", _step_kernel, step_layout(1, 1024, 16), {**forward, "STATES": 16}, {}))
+    absent = dict.fromkeys(("initial_state", "dinitial", "grad_final", "cu_seqlens", "boundaries"))
+    for name, layout, states in (
+        ("backward", backward_layout(8, 2048, 2048, 16, 128), 16),
+        ("backward_few_channels", backward_layout(1, 600, 1024, 16, 128), 16),
+        ("backward_many_states", backward_layout(8, 2048, 2048, 256, 128), 256),
+    ):
+        constants = {**softplus, "STATES": states, "CHUNK": chunk_length(states), "STEPS": layout.steps}
+        cases.append(_case(name, _backward_kernel, layout, constants, absent))
+    layout = backward_layout(1, 60_000, 256, 16, 128)
+    constants = {**softplus, "STATES": 16, "CHUNK": chunk_length(16), "STEPS": layout.steps}
+    cases.append(_case("backward_ends", _backward_ends_kernel, layout, constants, {"cu_seqlens": None}))
+    cases.append(_case("step", _step_kernel, step_layout(1, 1024, 16), {**softplus, "STATES": 16}, {}))
     return cases
 
 

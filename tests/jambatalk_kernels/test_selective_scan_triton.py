@@ -56,9 +56,10 @@ def reference(named, cu_seqlens=None, softplus=True):
     return scan_reference(*named.values(), softplus, initial_state, cu_seqlens)
 
 
-def weights_of(y, final_state, seed=1):
-    g = torch.Generator().manual_seed(seed)
-    return [torch.randn(t.shape, generator=g, dtype=torch.float64).to(t.device, t.dtype) for t in (y, final_state)]
+def weights_of(y, final_state):
+    """The same numbers at every precision: as few bits as bfloat16 has."""
+    g = torch.Generator().manual_seed(1)
+    return [torch.randn(t.shape, generator=g).bfloat16().to(t.device, t.dtype) for t in (y, final_state)]
 
 
 def kernel_results(named, cu_seqlens=None, softplus=True, weigh=(True, True)):
@@ -164,30 +165,28 @@ def test_strides_are_read_in_place():
     assert_same(kernel_results(named), reference_results(named))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_accuracy_rule(dtype):
+def assert_accurate(named):
     """At most twice the error of PyTorch at the same precision, and the absolute bars of the contract."""
-    named = {name: tensor.to(dtype) for name, tensor in named_inputs(1, 24, 4, 16).items()}
     exact = reference_results({name: tensor.double() for name, tensor in named.items()})
-    peer = reference_results(named)
-    ours = kernel_results(named)
-    bar = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}[dtype]
+    peer, ours = reference_results(named), kernel_results(named)
     for name, want in exact.items():
         assert ours[name].dtype == peer[name].dtype
         rounding = rms_ratio(want.to(ours[name].dtype), want)
         mine, theirs = rms_ratio(ours[name], want), rms_ratio(peer[name], want)
+        # (The interpreter cuts bfloat16 off where a GPU rounds: twice the rounding, and within these bars.)
         assert mine <= 2 * theirs + 2 * rounding, (name, mine, theirs)
-        assert mine <= bar, (name, mine)
+        assert mine <= (1e-5 if ours[name].dtype == torch.float32 else 5e-3), (name, mine)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_accuracy_rule(dtype):
+    assert_accurate({name: tensor.to(dtype) for name, tensor in named_inputs(1, 24, 4, 16).items()})
 
 
 def test_mixed_dtypes():
     half, single = torch.bfloat16, torch.float32
     dtypes = (half, single, single, torch.float16, half, single, half, torch.float64, single)
-    named = {k: v.to(d) for (k, v), d in zip(named_inputs(1, 6, 3, 4).items(), dtypes, strict=True)}
-    got, want = kernel_results(named), reference_results(named)
-    for name in want:
-        assert got[name].dtype == want[name].dtype
-        assert rms_ratio(got[name], want[name]) < 5e-3, name
+    assert_accurate({k: v.to(d) for (k, v), d in zip(named_inputs(1, 24, 3, 4).items(), dtypes, strict=True)})
 
 
 def test_softplus_is_torchs():
@@ -255,7 +254,7 @@ def test_step_with_a_narrow_state_and_nothing_optional():
 
 def test_same_bytes_twice_and_in_turns(monkeypatch):
     """Sequences that share the scratch memory one after the other give what they give together."""
-    named = named_inputs(3, 10, 3, 4, dtype=torch.float32)
+    named = named_inputs(2, 7, 3, 4, dtype=torch.float32)
     first, second = kernel_results(named), kernel_results(named)
     monkeypatch.setattr(scan, "SCRATCH_ELEMENTS", 1)
     in_turns = kernel_results(named)
