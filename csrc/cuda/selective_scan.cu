@@ -3,8 +3,8 @@
 //   delta_t = softplus(delta_t + delta_bias);   h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t
 //   y_t = (C_t . h_t + D u_t) silu(z_t)
 //
-// Algorithm: Gu and Dao, arXiv 2312.00752, run sequentially in time with the states in registers: work-optimal, unlike a
-// parallel scan over time.
+// Algorithm: Gu and Dao, arXiv 2312.00752, run sequentially in time with the states in registers: work-optimal, unlike
+// a parallel scan over time.
 #include "cuda/selective_scan.h"
 
 namespace jambatalk::cuda {
@@ -20,10 +20,10 @@ struct Staged {
   bool vectors;        // 16-byte asynchronous copies; otherwise element by element, which any strides allow
   int32_t log2_bytes;  // of an element
   int32_t log2_minor;
-  int32_t elements;    // of a tile, without padding
-  int32_t row;         // elements from row to row: `minor`, padded by 16 bytes for the banks' sake where time is minor
-  int32_t offset;      // of the first of two buffers in shared memory, in bytes
-  int32_t buffer;      // bytes of one
+  int32_t elements;  // of a tile, without padding
+  int32_t row;       // elements from row to row: `minor`, padded by 16 bytes for the banks' sake where time is minor
+  int32_t offset;    // of the first of two buffers in shared memory, in bytes
+  int32_t buffer;    // bytes of one
 };
 
 JT_DEVICE void copy_element(unsigned char* to, const unsigned char* from, int log2_bytes) {
@@ -40,8 +40,8 @@ JT_DEVICE void copy_element(unsigned char* to, const unsigned char* from, int lo
 JT_DEVICE void stage(const Staged& input, unsigned char* to, int64_t batch, int64_t start, int first, int last,
                      int64_t column, int columns) {
   const int bytes = 1 << input.log2_bytes, minor = 1 << input.log2_minor;
-  const unsigned char* from = static_cast<const unsigned char*>(input.array.data) +
-                              offset(input.array, batch, start, column) * bytes;
+  const unsigned char* from =
+      static_cast<const unsigned char*>(input.array.data) + offset(input.array, batch, start, column) * bytes;
   const int row_first = input.time_minor ? 0 : first, row_last = input.time_minor ? columns : last;
   const int minor_first = input.time_minor ? first : 0, minor_last = input.time_minor ? last : columns;
   const int64_t row_step = input.array.stride[input.time_minor ? 2 : 1] * bytes;
@@ -143,7 +143,8 @@ struct ForwardPlan {
 
 // A block: 128 / LANES channels of one sequence. It walks time in tiles of TILE positions:
 //   1. u, delta, z, B, C of the next tile are on their way (cp.async) into one of two buffers, in their own dtype;
-//   2. softplus(delta + bias) and delta u of this tile, once per channel and position, and B and C, into shared memory in
+//   2. softplus(delta + bias) and delta u of this tile, once per channel and position, and B and C, into shared memory
+//   in
 //      the compute type;
 //   3. the recurrence, without a barrier: four positions at a time, their y reduced over a channel's lanes together;
 //   4. (y + D u) silu(z), once per channel and position, to memory.
@@ -153,9 +154,8 @@ struct ForwardPlan {
 // special functions (16 per clock and multiprocessor), which binds on an H200; on a 4090 the bytes bind.
 // With STATES 8 one exp2 in eight is a polynomial on the multiply-add pipe: special functions and issue slots balance.
 // Per warp and four positions of the loop: STATES * 4 exp2, as many multiplications (delta A), (x B) and 2 fused
-// multiply-adds; 2 + 2 * STATES vector loads from shared memory (STATES 1: 4); 3 shuffles, and one more for each doubling of LANES
-// beyond 4.
-// Largest request of dynamic shared memory: 99 KB (float32 inputs, 2 lanes of 8 states).
+// multiply-adds; 2 + 2 * STATES vector loads from shared memory (STATES 1: 4); 3 shuffles, and one more for each
+// doubling of LANES beyond 4. Largest request of dynamic shared memory: 99 KB (float32 inputs, 2 lanes of 8 states).
 template <class T, int LANES, int STATES, int TILE>
 JT_DEVICE void scan_forward_block(const ForwardPlan& plan) {
   constexpr int kChannels = kScanThreads / LANES, kStates = LANES * STATES, kRow = TILE + 4;
@@ -183,7 +183,8 @@ JT_DEVICE void scan_forward_block(const ForwardPlan& plan) {
   // Between the loops over time a thread works on this channel, every LANES-th group of four positions.
   const int column = threadIdx.x % kChannels, group = threadIdx.x / kChannels;
   const bool column_exists = channel0 + column < call.channels;
-  const T bias = column_exists ? load_or<T>(call.delta_bias, (channel0 + column) * call.delta_bias.stride[2], T(0)) : T(0);
+  const T bias =
+      column_exists ? load_or<T>(call.delta_bias, (channel0 + column) * call.delta_bias.stride[2], T(0)) : T(0);
   const T D = column_exists ? load_or<T>(call.D, (channel0 + column) * call.D.stride[2], T(0)) : T(0);
 
   const auto save = [&](int64_t chunk, bool zero) {
@@ -280,16 +281,18 @@ JT_DEVICE void scan_forward_block(const ForwardPlan& plan) {
       for (; t < stop; t += 4) {
         const Four<T> d = *reinterpret_cast<const Four<T>*>(tile_delta + mine * kRow + t);
         const Four<T> x = *reinterpret_cast<const Four<T>*>(tile_x + mine * kRow + t);
-        T B[4][STATES], C[4][STATES], y[4];
-        load_four<LANES, STATES>(tile_B, t, lane, B);
-        load_four<LANES, STATES>(tile_C, t, lane, C);
+        const Rows<LANES, STATES, T> rows_B(tile_B, t, lane), rows_C(tile_C, t, lane);
+        T y[4];
         JT_UNROLL
         for (int i = 0; i < 4; ++i) {
+          T B[STATES], C[STATES];
+          rows_B.read(i, B);
+          rows_C.read(i, C);
           y[i] = T(0);
           JT_UNROLL
           for (int s = 0; s < STATES; ++s) {
-            h[s] = exp2_fast(d.lane[i] * A[s]) * h[s] + x.lane[i] * B[i][s];
-            y[i] += h[s] * C[i][s];
+            h[s] = exp2_fast(d.lane[i] * A[s]) * h[s] + x.lane[i] * B[s];
+            y[i] += h[s] * C[s];
           }
         }
         sum_over_lanes<LANES>(y, tile_x + mine * kRow + t, lane);
@@ -350,7 +353,9 @@ const char* run_forward(const ScanForward& call) {
     Staged& s = plan.inputs[i];
     s.array = array;
     const int columns = int(i >= kB ? kStates : kChannels);
-    const auto log2 = [](int64_t x) { return x < 2 ? 0 : x < 4 ? 1 : x < 8 ? 2 : x < 16 ? 3 : x < 32 ? 4 : x < 64 ? 5 : x < 128 ? 6 : x < 256 ? 7 : 8; };
+    const auto log2 = [](int64_t x) {
+      return x < 2 ? 0 : x < 4 ? 1 : x < 8 ? 2 : x < 16 ? 3 : x < 32 ? 4 : x < 64 ? 5 : x < 128 ? 6 : x < 256 ? 7 : 8;
+    };
     const auto size = [](int64_t stride) { return stride < 0 ? -stride : stride; };
     const int bytes = array.dtype == Dtype::kFloat64 ? 8 : array.dtype == Dtype::kFloat32 ? 4 : 2;
     s.log2_bytes = log2(bytes);
@@ -377,10 +382,9 @@ const char* run_forward(const ScanForward& call) {
 
 // ---- step
 
-// One position. A group of lanes, a power of two, takes the states of one channel, neighbours in memory by neighbouring lanes: the state
-// is read and written once, coalesced. 2 * batch * channels * states numbers of state move, which binds; for few of
-// them the latency of one pass through memory.
-// budget: registers <= 64, spills 0, shared <= 0
+// One position. A group of lanes, a power of two, takes the states of one channel, neighbours in memory by neighbouring
+// lanes: the state is read and written once, coalesced. 2 * batch * channels * states numbers of state move, which
+// binds; for few of them the latency of one pass through memory. budget: registers <= 64, spills 0, shared <= 0
 template <class T>
 __global__ void __launch_bounds__(kScanThreads) scan_step_kernel(const ScanStep call, int lanes) {
   const int64_t index = (int64_t(blockIdx.x) * kScanThreads + threadIdx.x) / lanes;

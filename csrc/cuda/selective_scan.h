@@ -52,11 +52,12 @@ constexpr ScanShape scan_backward_shape(int64_t sequences, int64_t channels, int
   return {32, 8};
 }
 
-// Groups of `width` channels that a block of backward takes one after another: they share the rows of partial dB and dC,
-// so more of them write less; as many as leave three blocks for each multiprocessor.
+// Groups of `width` channels that a block of backward takes one after another: they share the rows of partial dB and
+// dC, so more of them write less; as many as leave three blocks for each multiprocessor.
 constexpr int64_t scan_backward_groups(int64_t sequences, int64_t channels, int64_t width, int64_t multiprocessors) {
   int64_t groups = 1;
-  while (groups < 16 && sequences * ((channels + 2 * groups * width - 1) / (2 * groups * width)) >= 3 * multiprocessors) {
+  while (groups < 16 &&
+         sequences * ((channels + 2 * groups * width - 1) / (2 * groups * width)) >= 3 * multiprocessors) {
     groups *= 2;
   }
   return groups;
@@ -113,8 +114,11 @@ JT_DEVICE double sigmoid_fast(double x) { return 1.0 / (1.0 + ::exp(-x)); }
 // does in float32.
 JT_DEVICE float softplus_fast(float x) {
   constexpr float kLog2e = MathConstants<float>::kLog2e, kLn2 = MathConstants<float>::kLn2;
-  // e^-|x|, with the product's rounding error put right: it grows with |x|. Below e^-87 there are no normal numbers.
-  const float m = ::fminf(::fabsf(x), 87.0f), t = m * -kLog2e, rounding = __fmaf_rn(m, -kLog2e, -t);
+  // e^-|x|, with the rounding of log2(e) and of the product put right: they grow with |x|. Below e^-87 there are no
+  // normal numbers.
+  constexpr float kLog2eLow = 1.925963033e-8f;  // log2(e) - kLog2e
+  const float m = ::fminf(::fabsf(x), 87.0f), t = m * -kLog2e;
+  const float rounding = __fmaf_rn(m, -kLog2eLow, __fmaf_rn(m, -kLog2e, -t));
   float e = exp2_fast(t);
   e = __fmaf_rn(e * kLn2, rounding, e);
   // log(1 + e) / e: relative minimax fit (Remez) on [0, 1], error 3.4e-8. No division: that would be one more MUFU.
@@ -150,26 +154,32 @@ JT_DEVICE constexpr int state_of(int lane, int s) {
   return STATES == 1 ? lane : ((s / 4) * LANES + lane) * 4 + s % 4;
 }
 
-// B or C of the four positions from t, this lane's states. Tiles are (position, state), where STATES is 1 in groups of
-// four positions: (position / 4, state, position % 4). Either way a lane reads vectors of four.
+// This lane's states of B or C at the four positions from t. Tiles are (position, state); where STATES is 1, groups of
+// four positions: (position / 4, state, position % 4). Either way a lane reads vectors of four, where they are used: to
+// hold all of them would take too many registers.
 template <int LANES, int STATES, class T>
-JT_DEVICE void load_four(const T* tile, int t, int lane, T (&to)[4][STATES]) {
-  if constexpr (STATES == 1) {
-    const Four<T> v = *reinterpret_cast<const Four<T>*>(tile + (t / 4 * LANES + lane) * 4);
-    JT_UNROLL
-    for (int i = 0; i < 4; ++i) to[i][0] = v.lane[i];
-  } else {
-    JT_UNROLL
-    for (int i = 0; i < 4; ++i) {
+class Rows {
+ public:
+  JT_DEVICE Rows(const T* tile, int t, int lane) : at_(tile + t * LANES * STATES + lane * 4) {
+    if constexpr (STATES == 1) four_ = *reinterpret_cast<const Four<T>*>(at_);
+  }
+  JT_DEVICE void read(int i, T (&to)[STATES]) const {
+    if constexpr (STATES == 1) {
+      to[0] = four_.lane[i];
+    } else {
       JT_UNROLL
       for (int j = 0; j < STATES / 4; ++j) {
-        const Four<T> v = *reinterpret_cast<const Four<T>*>(tile + (t + i) * LANES * STATES + (j * LANES + lane) * 4);
+        const Four<T> v = *reinterpret_cast<const Four<T>*>(at_ + (i * STATES + j * 4) * LANES);
         JT_UNROLL
-        for (int k = 0; k < 4; ++k) to[i][j * 4 + k] = v.lane[k];
+        for (int k = 0; k < 4; ++k) to[j * 4 + k] = v.lane[k];
       }
     }
   }
-}
+
+ private:
+  const T* at_;
+  Four<T> four_;
+};
 
 // The position and state of element 4 * q of such a tile; the next three are of the same position, or state.
 template <int LANES, int STATES>

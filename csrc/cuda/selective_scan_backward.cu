@@ -2,9 +2,9 @@
 //
 //   g_t = C_t dy_t + a_{t+1} g_{t+1}      dy_t = grad_y_t silu(z_t), where z is given
 //   dC_t = sum over channels of dy_t h_t                 dB_t = sum over channels of g_t delta_t u_t
-//   dA = sum over t of g_t a_t h_{t-1} delta_t           ddelta_t = sum over states of g_t a_t h_{t-1} A + (g_t . B_t) u_t
-//   du_t = (g_t . B_t) delta_t + D dy_t                  dz_t = grad_y_t (C_t . h_t + D u_t) silu'(z_t)
-//   dD = sum over t of dy_t u_t
+//   dA = sum over t of g_t a_t h_{t-1} delta_t           ddelta_t = sum over states of g_t a_t h_{t-1} A + (g_t . B_t)
+//   u_t du_t = (g_t . B_t) delta_t + D dy_t                  dz_t = grad_y_t (C_t . h_t + D u_t) silu'(z_t) dD = sum
+//   over t of dy_t u_t
 //
 // The products a_t h_{t-1} are recomputed as such: h_t - delta_t u_t B_t, which is the same, loses digits where a_t is
 // small. No atomics: every sum has a fixed order.
@@ -12,6 +12,8 @@
 
 namespace jambatalk::cuda {
 namespace {
+
+constexpr int kSub = 4;  // positions whose h and a are in registers at a time
 
 struct BackwardPlan {
   ScanBackward call;
@@ -28,13 +30,17 @@ struct BackwardPlan {
 template <class T, class From>
 JT_DEVICE void load_positions(const Array& array, int64_t at, bool vector, int first, int last, T (&to)[4]) {
   const From* from = static_cast<const From*>(array.data) + at;
-  if (vector && first <= 0 && last >= 4) {
+  const int64_t step = array.stride[1];
+  if (first > 0 || last < 4) {
+    JT_UNROLL
+    for (int i = 0; i < 4; ++i) to[i] = i >= first && i < last ? convert<T>(from[i * step]) : T(0);
+  } else if (vector) {
     const Vector<From, 4> v = *reinterpret_cast<const Vector<From, 4>*>(from);
     JT_UNROLL
     for (int i = 0; i < 4; ++i) to[i] = convert<T>(v.lane[i]);
   } else {
     JT_UNROLL
-    for (int i = 0; i < 4; ++i) to[i] = i >= first && i < last ? convert<T>(from[i * array.stride[1]]) : T(0);
+    for (int i = 0; i < 4; ++i) to[i] = convert<T>(from[i * step]);
   }
 }
 
@@ -79,36 +85,44 @@ JT_DEVICE int sum_over_channels(T (&v)[COUNT], int warp_lane) {
   return first;
 }
 
+// Elements of dynamic shared memory.
+template <class T, int LANES, int STATES, int SEGMENT>
+constexpr int kDynamic =
+    3 * kScanThreads / LANES * (SEGMENT + 4) + 2 * SEGMENT * LANES * STATES + SEGMENT / kSub * STATES * kScanThreads +
+    LANES * STATES * (kScanThreads / 16 * kSub > SEGMENT ? kScanThreads / 16 * kSub : SEGMENT) + 2 * kScanThreads;
+
 // A block: groups of 128 / LANES channels of one sequence. It walks the sequence backwards in segments of SEGMENT
 // positions, and within a segment takes the groups one after another:
 //   1. from the state at the start of the chunk, saved by forward, to the segment's start (nothing where the segment is
-//      the chunk's first), and on: the states at every SUB-th position, into shared memory;
-//   2. SUB positions at a time, last first: h and a again, kept in registers, then back through them. dB and dC are summed
-//      over the warp's channels by shuffles, over the warps in shared memory, over the groups in the block's own rows of
-//      `dBC`; scan_sum_kernel adds the blocks up;
+//      the chunk's first), and on: the states at every kSub-th position, into shared memory;
+//   2. kSub positions at a time, last first: h and a again, kept in registers, then back through them. dB and dC are
+//   summed
+//      over the warp's channels by shuffles, over the warps in shared memory, over the groups in the block's own rows
+//      of `dBC`; scan_sum_kernel adds the blocks up;
 //   3. du, ddelta, dz, once per channel and position.
 //
 // dtypes: inputs and their gradients any; T float, or double where u is.
-// Cost per channel and position, N = 16, bfloat16: 14 bytes (u, delta, z, grad_y in; du, ddelta, dz out), 4 N / chunk of saved
-// states and 16 N / (channels of a block) of partial dB and dC; 2.25 N + 6 special functions; some 450 instructions of a
-// thread, which bind.
-// Per warp and position, LANES 4 and STATES 4: 7 shuffles for dB and dC, 1.5 for du and ddelta (2.25 with z).
-// Largest request of dynamic shared memory: 98 KB (float64, 256 states).
-// budget: registers <= 255, spills 0, shared <= 0
-template <class T, int LANES, int STATES, int SEGMENT, int SUB>
-__global__ void __launch_bounds__(kScanThreads, sizeof(T) == 8 || STATES == 8 ? 2 : 3)
-    scan_backward_kernel(const BackwardPlan plan) {
+// Cost per channel and position, N = 16, bfloat16: 14 bytes (u, delta, z, grad_y in; du, ddelta, dz out), 4 N / chunk
+// of saved states and 16 N / (channels of a block) of partial dB and dC; 2.25 N + 6 special functions; some 450
+// instructions of a thread, which bind. Per warp and position, LANES 4 and STATES 4: 7 shuffles for dB and dC, 1.5 for
+// du and ddelta (2.25 with z). Largest request of dynamic shared memory: 98 KB (float64, 256 states).
+template <class T, int LANES, int STATES, int SEGMENT>
+JT_DEVICE void scan_backward_block(const BackwardPlan& plan) {
   constexpr int kChannels = kScanThreads / LANES, kStates = LANES * STATES, kRow = SEGMENT + 4;
-  constexpr int kSubs = SEGMENT / SUB, kWarps = kScanThreads / 32, kSums = 2 * STATES;
+  constexpr int kSubs = SEGMENT / kSub, kWarps = kScanThreads / 32, kSums = 2 * STATES;
+  constexpr bool kKeepDecay = sizeof(T) * STATES < 64;  // in registers; otherwise there are too few
   JT_DYNAMIC_SHARED(shared);
   T* const tile_delta = reinterpret_cast<T*>(shared);  // (channel, position); then the gradient of delta A log2(e)
   T* const tile_x = tile_delta + kChannels * kRow;     // delta u; then its gradient
   T* const tile_dy = tile_x + kChannels * kRow;        // dy; then C . h
   T* const tile_B = tile_dy + kChannels * kRow;
   T* const tile_C = tile_B + SEGMENT * kStates;
-  T* const starts = tile_C + SEGMENT * kStates;                // (SUB-th position, state, thread)
+  T* const starts = tile_C + SEGMENT * kStates;                // (kSub-th position, state, thread)
   T* const exchange = starts + kSubs * STATES * kScanThreads;  // (warp, position, dB or dC, state)
   T* const tile_before = exchange;                             // B of the positions between chunk's and segment's start
+  // This thread's part of dD and ddelta_bias: not in registers, of which the loop over time needs every one.
+  T* const dD = tile_delta + kDynamic<T, LANES, STATES, SEGMENT> - 2 * kScanThreads + threadIdx.x;
+  T* const dbias = dD + kScanThreads;
 
   const ScanBackward& call = plan.call;
   const int warp_lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -121,7 +135,7 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(T) == 8 || STATES == 8 ? 
   const int64_t block_channel = block * plan.groups * kChannels;
   T* const dBC = static_cast<T*>(plan.dBC) + (span.batch * plan.channel_blocks + block) * call.length * 2 * states;
 
-  T A[STATES] = {}, carry[STATES] = {}, dA[STATES] = {}, dD = T(0), dbias = T(0);
+  T A[STATES] = {}, carry[STATES] = {}, dA[STATES] = {};
   // A group's numbers between segments: in registers where there is one group.
   const auto resume_at = [&](int64_t group, int k) {
     return static_cast<T*>(plan.resume) +
@@ -129,7 +143,7 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(T) == 8 || STATES == 8 ? 
   };
   const auto begin_group = [&](int64_t group) {
     const int64_t channel = block_channel + group * kChannels + mine;
-    dD = dbias = T(0);
+    *dD = *dbias = T(0);
     JT_UNROLL
     for (int s = 0; s < STATES; ++s) {
       const int n = state_of<LANES, STATES>(lane, s);
@@ -143,18 +157,19 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(T) == 8 || STATES == 8 ? 
     if (plan.groups == 1) return;
     JT_UNROLL
     for (int s = 0; s < STATES; ++s) *resume_at(group, s) = carry[s], *resume_at(group, STATES + s) = dA[s];
-    *resume_at(group, kSums) = dD, *resume_at(group, kSums + 1) = dbias;
+    *resume_at(group, kSums) = *dD, *resume_at(group, kSums + 1) = *dbias;
   };
   const auto resume_group = [&](int64_t group) {
     if (plan.groups == 1) return;
     JT_UNROLL
     for (int s = 0; s < STATES; ++s) carry[s] = *resume_at(group, s), dA[s] = *resume_at(group, STATES + s);
-    dD = *resume_at(group, kSums), dbias = *resume_at(group, kSums + 1);
+    *dD = *resume_at(group, kSums), *dbias = *resume_at(group, kSums + 1);
   };
   for (int64_t group = 0; group < plan.groups; ++group) begin_group(group), keep_group(group);
 
   outside(call, span, [&](int64_t from, int64_t to) {
-    for (int64_t c = block_channel + column; c < min(channels, block_channel + plan.groups * kChannels); c += kChannels) {
+    for (int64_t c = block_channel + column; c < min(channels, block_channel + plan.groups * kChannels);
+         c += kChannels) {
       for (int64_t t = from + quarter; t < to; t += LANES) {
         store_any<T>(call.du, offset(call.du, span.batch, t, c), T(0));
         store_any<T>(call.ddelta, offset(call.ddelta, span.batch, t, c), T(0));
@@ -165,6 +180,7 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(T) == 8 || STATES == 8 ? 
   });
 
   const auto load_matrix = [&](const Array& from, int64_t start, int64_t stop, T* to) {
+#pragma unroll 1
     for (int q = threadIdx.x; q < SEGMENT * kStates / 4; q += kScanThreads) {
       int t, n, t_step, n_step;
       locate_four<LANES, STATES>(q, &t, &n, &t_step, &n_step);
@@ -180,7 +196,8 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(T) == 8 || STATES == 8 ? 
   };
   const int64_t chunks = (call.length + call.chunk - 1) / call.chunk;
 
-  for (int64_t chunk = end > begin ? (end - 1) / call.chunk : -1; chunk >= 0 && (chunk + 1) * call.chunk > begin; --chunk) {
+  for (int64_t chunk = end > begin ? (end - 1) / call.chunk : -1; chunk >= 0 && (chunk + 1) * call.chunk > begin;
+       --chunk) {
     const int64_t chunk_begin = chunk * call.chunk, chunk_end = min(chunk_begin + call.chunk, end);
     for (int64_t start = chunk_begin + (chunk_end - 1 - chunk_begin) / SEGMENT * SEGMENT;
          start >= chunk_begin && start + SEGMENT > begin; start -= SEGMENT) {
@@ -189,7 +206,8 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(T) == 8 || STATES == 8 ? 
       load_matrix(call.B, start, stop, tile_B);
       load_matrix(call.C, start, stop, tile_C);
       for (int64_t group = 0; group < plan.groups; ++group) {
-        const int64_t channel0 = block_channel + group * kChannels, channel = channel0 + mine, other = channel0 + column;
+        const int64_t channel0 = block_channel + group * kChannels, channel = channel0 + mine,
+                      other = channel0 + column;
         if (channel0 >= channels) break;
         resume_group(group);
         T h[STATES];
@@ -200,8 +218,8 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(T) == 8 || STATES == 8 ? 
           A[s] = exists ? load_any<T>(call.A, offset(call.A, 0, channel, n)) * kLog2e<T> : T(0);
           h[s] = T(0);
           if (exists && chunk_begin > begin) {
-            h[s] = static_cast<const T*>(call.chunk_states)[((span.batch * chunks + chunk) * states + n) *
-                                                               call.padded_channels + channel];
+            h[s] = static_cast<const T*>(
+                call.chunk_states)[((span.batch * chunks + chunk) * states + n) * call.padded_channels + channel];
           } else if (exists) {
             h[s] = load_or<T>(call.initial_state, offset(call.initial_state, span.sequence, channel, n), T(0));
           }
@@ -222,6 +240,7 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(T) == 8 || STATES == 8 ? 
         };
         // delta and delta u of SEGMENT positions from `from` on, and dy
         const auto load_tiles = [&](int64_t from, int64_t limit, bool with_dy) {
+#pragma unroll 1
           for (int t = quarter * 4; t < SEGMENT; t += LANES * 4) {
             const int first = first_of(from + t), last = last_of(from + t, limit);
             T delta[4], u[4], z[4], grad[4];
@@ -237,7 +256,9 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(T) == 8 || STATES == 8 ? 
               if (call.softplus) d = softplus_fast(d);
               kept_delta.lane[i] = inside ? d : T(0);
               kept_x.lane[i] = inside ? d * u[i] : T(0);
-              kept_dy.lane[i] = !inside || call.grad_y.data == nullptr ? T(0) : gated ? grad[i] * z[i] * sigmoid_fast(z[i]) : grad[i];
+              kept_dy.lane[i] = !inside || call.grad_y.data == nullptr ? T(0)
+                                : gated                                ? grad[i] * z[i] * sigmoid_fast(z[i])
+                                                                       : grad[i];
             }
             *reinterpret_cast<Four<T>*>(tile_delta + column * kRow + t) = kept_delta;
             *reinterpret_cast<Four<T>*>(tile_x + column * kRow + t) = kept_x;
@@ -250,126 +271,115 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(T) == 8 || STATES == 8 ? 
           for (int t = from; t < to; t += 4) {
             const Four<T> d = *reinterpret_cast<const Four<T>*>(tile_delta + mine * kRow + t);
             const Four<T> x = *reinterpret_cast<const Four<T>*>(tile_x + mine * kRow + t);
-            T B[4][STATES];
-            load_four<LANES, STATES>(B_tile, t, lane, B);
+            const Rows<LANES, STATES, T> rows(B_tile, t, lane);
             JT_UNROLL
             for (int i = 0; i < 4; ++i) {
+              T B[STATES];
+              rows.read(i, B);
               JT_UNROLL
-              for (int s = 0; s < STATES; ++s) h[s] = exp2_fast(d.lane[i] * A[s]) * h[s] + x.lane[i] * B[i][s];
+              for (int s = 0; s < STATES; ++s) h[s] = exp2_fast(d.lane[i] * A[s]) * h[s] + x.lane[i] * B[s];
             }
           }
         };
 
-        for (int64_t before = chunk_begin; before < start; before += SEGMENT) {
-          if (before + SEGMENT <= begin) continue;
+#pragma unroll 1
+        for (int64_t from = chunk_begin; from <= start; from += SEGMENT) {
+          if (from + SEGMENT <= begin) continue;
           __syncthreads();
-          load_tiles(before, start, false);
-          load_matrix(call.B, before, start, tile_before);
+          load_tiles(from, min(from + SEGMENT, stop), from == start);
+          if (from < start) load_matrix(call.B, from, start, tile_before);
           __syncthreads();
-          advance(tile_before, 0, SEGMENT);
+          if (from < start) advance(tile_before, 0, SEGMENT);
         }
-        __syncthreads();
-        load_tiles(start, stop, true);
-        __syncthreads();
 #pragma unroll 1
         for (int sub = 0; sub < kSubs; ++sub) {
           JT_UNROLL
           for (int s = 0; s < STATES; ++s) starts[(sub * STATES + s) * kScanThreads + threadIdx.x] = h[s];
-          if (sub + 1 < kSubs) advance(tile_B, sub * SUB, (sub + 1) * SUB);
+          if (sub + 1 < kSubs) advance(tile_B, sub * kSub, (sub + 1) * kSub);
         }
 
 #pragma unroll 1
         for (int sub = kSubs - 1; sub >= 0; --sub) {
-          const int from = sub * SUB;
-          T decay[SUB][STATES], before[SUB][STATES], dy[SUB];
+          const int from = sub * kSub;
+          T decay[kKeepDecay ? kSub : 1][STATES], before[kSub][STATES];
           JT_UNROLL
           for (int s = 0; s < STATES; ++s) h[s] = starts[(sub * STATES + s) * kScanThreads + threadIdx.x];
+          const Four<T> d = *reinterpret_cast<const Four<T>*>(tile_delta + mine * kRow + from);
+          const Four<T> x = *reinterpret_cast<const Four<T>*>(tile_x + mine * kRow + from);
+          const Rows<LANES, STATES, T> rows_B(tile_B, from, lane), rows_C(tile_C, from, lane);
           JT_UNROLL
-          for (int q = 0; q < SUB; q += 4) {
-            const Four<T> v = *reinterpret_cast<const Four<T>*>(tile_dy + mine * kRow + from + q);
+          for (int i = 0; i < 4; ++i) {
+            T B[STATES];
+            rows_B.read(i, B);
             JT_UNROLL
-            for (int i = 0; i < 4; ++i) dy[q + i] = v.lane[i];
-          }
-          __syncwarp();  // y takes dy's place
-          JT_UNROLL
-          for (int q = 0; q < SUB; q += 4) {
-            const Four<T> d = *reinterpret_cast<const Four<T>*>(tile_delta + mine * kRow + from + q);
-            const Four<T> x = *reinterpret_cast<const Four<T>*>(tile_x + mine * kRow + from + q);
-            T B[4][STATES];
-            load_four<LANES, STATES>(tile_B, from + q, lane, B);
-            JT_UNROLL
-            for (int i = 0; i < 4; ++i) {
-              JT_UNROLL
-              for (int s = 0; s < STATES; ++s) {
-                before[q + i][s] = h[s];
-                decay[q + i][s] = exp2_fast(d.lane[i] * A[s]);
-                h[s] = decay[q + i][s] * h[s] + x.lane[i] * B[i][s];
-              }
+            for (int s = 0; s < STATES; ++s) {
+              before[i][s] = h[s];
+              const T a = exp2_fast(d.lane[i] * A[s]);
+              if constexpr (kKeepDecay) decay[i][s] = a;
+              h[s] = a * h[s] + x.lane[i] * B[s];
             }
           }
+          const Four<T> dy = *reinterpret_cast<const Four<T>*>(tile_dy + mine * kRow + from);
+          T to_x[4], to_decay[4], y[4];
           JT_UNROLL
-          for (int q = SUB - 4; q >= 0; q -= 4) {
-            const Four<T> d = *reinterpret_cast<const Four<T>*>(tile_delta + mine * kRow + from + q);
-            const Four<T> x = *reinterpret_cast<const Four<T>*>(tile_x + mine * kRow + from + q);
-            T B[4][STATES], C[4][STATES], to_x[4], to_decay[4], y[4];
-            load_four<LANES, STATES>(tile_B, from + q, lane, B);
-            load_four<LANES, STATES>(tile_C, from + q, lane, C);
+          for (int i = 3; i >= 0; --i) {
+            T B[STATES], C[STATES], sums[kSums];
+            rows_B.read(i, B);
+            rows_C.read(i, C);
+            to_x[i] = to_decay[i] = y[i] = T(0);
             JT_UNROLL
-            for (int i = 3; i >= 0; --i) {
-              T sums[kSums];
-              to_x[i] = to_decay[i] = y[i] = T(0);
-              JT_UNROLL
-              for (int s = 0; s < STATES; ++s) {
-                const T g = dy[q + i] * C[i][s] + carry[s];
-                sums[s] = g * x.lane[i];
-                sums[STATES + s] = dy[q + i] * h[s];
-                to_x[i] += g * B[i][s];
-                carry[s] = g * decay[q + i][s];
-                const T through_decay = carry[s] * before[q + i][s];
-                to_decay[i] += through_decay * A[s];
-                dA[s] += through_decay * d.lane[i];
-                y[i] += C[i][s] * h[s];
-                h[s] = before[q + i][s];
-              }
-              const int first_sum = sum_over_channels<LANES>(sums, warp_lane);
-              constexpr int kKept = kLeft<LANES, kSums>;
-              T* const row = exchange + (warp * SUB + q + i) * 2 * kStates;
-              // Where there are more channels than sums, several lanes have the same one.
-              if (kSums * LANES >= 32 || (warp_lane & (32 - kSums * LANES)) == 0) {
-                if constexpr (kKept % 4 == 0) {
-                  JT_UNROLL
-                  for (int k = 0; k < kKept; k += 4) {
-                    const int which = first_sum + k, n = state_of<LANES, STATES>(lane, which % STATES);
-                    *reinterpret_cast<Four<T>*>(row + (which >= STATES ? kStates : 0) + n) =
-                        Four<T>{{sums[k], sums[k + 1], sums[k + 2], sums[k + 3]}};
-                  }
-                } else {
-                  JT_UNROLL
-                  for (int k = 0; k < kKept; ++k) {
-                    const int which = first_sum + k;
-                    row[(which >= STATES ? kStates : 0) + state_of<LANES, STATES>(lane, which % STATES)] = sums[k];
-                  }
+            for (int s = 0; s < STATES; ++s) {
+              const T g = dy.lane[i] * C[s] + carry[s];
+              sums[s] = g * x.lane[i];
+              sums[STATES + s] = dy.lane[i] * h[s];
+              to_x[i] += g * B[s];
+              carry[s] = g * (kKeepDecay ? decay[kKeepDecay ? i : 0][s] : exp2_fast(d.lane[i] * A[s]));
+              const T through_decay = carry[s] * before[i][s];
+              to_decay[i] += through_decay * A[s];
+              dA[s] += through_decay * d.lane[i];
+              y[i] += C[s] * h[s];
+              h[s] = before[i][s];
+            }
+            const int first_sum = sum_over_channels<LANES>(sums, warp_lane);
+            constexpr int kKept = kLeft<LANES, kSums>;
+            T* const row = exchange + (warp * kSub + i) * 2 * kStates;
+            // Where there are more channels than sums, several lanes have the same one.
+            if (kSums * LANES >= 32 || (warp_lane & (32 - kSums * LANES)) == 0) {
+              if constexpr (kKept % 4 == 0) {
+                JT_UNROLL
+                for (int k = 0; k < kKept; k += 4) {
+                  const int which = first_sum + k, n = state_of<LANES, STATES>(lane, which % STATES);
+                  *reinterpret_cast<Four<T>*>(row + (which >= STATES ? kStates : 0) + n) =
+                      Four<T>{{sums[k], sums[k + 1], sums[k + 2], sums[k + 3]}};
+                }
+              } else {
+                JT_UNROLL
+                for (int k = 0; k < kKept; ++k) {
+                  const int which = first_sum + k;
+                  row[(which >= STATES ? kStates : 0) + state_of<LANES, STATES>(lane, which % STATES)] = sums[k];
                 }
               }
             }
-            sum_over_lanes<LANES>(to_x, tile_x + mine * kRow + from + q, lane);
-            sum_over_lanes<LANES>(to_decay, tile_delta + mine * kRow + from + q, lane);
-            if (gated) sum_over_lanes<LANES>(y, tile_dy + mine * kRow + from + q, lane);
           }
+          sum_over_lanes<LANES>(to_x, tile_x + mine * kRow + from, lane);
+          sum_over_lanes<LANES>(to_decay, tile_delta + mine * kRow + from, lane);
+          if (gated) sum_over_lanes<LANES>(y, tile_dy + mine * kRow + from, lane);
           __syncthreads();
-          for (int e = threadIdx.x; e < SUB * 2 * kStates; e += kScanThreads) {
+#pragma unroll 1
+          for (int e = threadIdx.x; e < kSub * 2 * kStates; e += kScanThreads) {
             const int step = e / (2 * kStates), which = e / kStates % 2, n = e % kStates;
             const int64_t at = start + from + step;
             if (at < begin || at >= stop || n >= states) continue;
             T sum = exchange[e];
             JT_UNROLL
-            for (int w = 1; w < kWarps; ++w) sum += exchange[w * SUB * 2 * kStates + e];
+            for (int w = 1; w < kWarps; ++w) sum += exchange[w * kSub * 2 * kStates + e];
             T* const to = dBC + (at * 2 + which) * states + n;
             *to = group == 0 ? sum : *to + sum;
           }
           __syncthreads();
         }
 
+#pragma unroll 1
         for (int t = quarter * 4; t < SEGMENT; t += LANES * 4) {
           const int64_t at = start + t;
           const int first = first_of(at), last = last_of(at, stop);
@@ -397,8 +407,8 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(T) == 8 || STATES == 8 ? 
             }
             store_any<T>(call.ddelta, offset(call.ddelta, span.batch, at + i, other), ddelta);
             store_any<T>(call.du, offset(call.du, span.batch, at + i, other), to_x.lane[i] * delta + D * dy);
-            dbias += ddelta;
-            dD += dy * u[i];
+            *dbias += ddelta;
+            *dD += dy * u[i];
           }
         }
         keep_group(group);
@@ -420,17 +430,32 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(T) == 8 || STATES == 8 ? 
       }
     }
     __syncthreads();
-    starts[threadIdx.x] = dD, starts[kScanThreads + threadIdx.x] = dbias;
-    __syncthreads();
     if (quarter == 0 && channel0 + column < channels) {
-      for (int i = 1; i < LANES; ++i) {
-        dD += starts[i * kChannels + column];
-        dbias += starts[kScanThreads + i * kChannels + column];
-      }
-      static_cast<T*>(plan.dD)[span.sequence * channels + channel0 + column] = dD;
-      static_cast<T*>(plan.ddelta_bias)[span.sequence * channels + channel0 + column] = dbias;
+      T sum_D = *dD, sum_bias = *dbias;
+      for (int i = 1; i < LANES; ++i) sum_D += dD[i * kChannels], sum_bias += dbias[i * kChannels];
+      static_cast<T*>(plan.dD)[span.sequence * channels + channel0 + column] = sum_D;
+      static_cast<T*>(plan.ddelta_bias)[span.sequence * channels + channel0 + column] = sum_bias;
     }
+    __syncthreads();
   }
+}
+
+// budget: registers <= 168, spills 0, shared <= 0
+template <int LANES, int STATES, int SEGMENT>
+__global__ void __launch_bounds__(kScanThreads, 3) scan_backward_kernel(const BackwardPlan plan) {
+  scan_backward_block<float, LANES, STATES, SEGMENT>(plan);
+}
+// More than 128 states.
+// budget: registers <= 255, spills 0, shared <= 0
+template <int LANES, int STATES, int SEGMENT>
+__global__ void __launch_bounds__(kScanThreads, 2) scan_backward_large_kernel(const BackwardPlan plan) {
+  scan_backward_block<float, LANES, STATES, SEGMENT>(plan);
+}
+// Spills with more than 128 states.
+// budget: registers <= 255, spills 1024, shared <= 0
+template <int LANES, int STATES, int SEGMENT>
+__global__ void __launch_bounds__(kScanThreads, 2) scan_backward_float64_kernel(const BackwardPlan plan) {
+  scan_backward_block<double, LANES, STATES, SEGMENT>(plan);
 }
 
 // to[outer, row, column] = sum over terms of partial[outer][term][row][column], in the order of the terms. `to` is
@@ -479,46 +504,49 @@ Workspace workspace_of(const ScanBackward& call) {
     return at;
   };
   const int64_t pairs = call.sequences * call.channels;
-  w.resume = take(w.groups == 1 ? 0 : call.sequences * w.channel_blocks * w.groups * (2 * shape.states + 2) * kScanThreads);
+  w.resume =
+      take(w.groups == 1 ? 0 : call.sequences * w.channel_blocks * w.groups * (2 * shape.states + 2) * kScanThreads);
   w.dA = take(pairs * call.states), w.dD = take(pairs), w.ddelta_bias = take(pairs);
   w.dBC = take(call.batch * w.channel_blocks * call.length * 2 * call.states);
   return w;
 }
 
-template <class T, int LANES, int STATES, int SEGMENT, int SUB>
+template <class T, int LANES, int STATES, int SEGMENT>
 const char* run_backward(const BackwardPlan& plan) {
-  constexpr int64_t kChannels = kScanThreads / LANES, kStates = LANES * STATES;
-  const int64_t exchange = max(kScanThreads / 32 * SUB * 2 * kStates, SEGMENT * kStates);
-  const int64_t elements = 3 * kChannels * (SEGMENT + 4) + 2 * SEGMENT * kStates +
-                           SEGMENT / SUB * STATES * kScanThreads + exchange;
-  return launch(scan_backward_kernel<T, LANES, STATES, SEGMENT, SUB>,
-                dim3(unsigned(plan.channel_blocks * plan.call.sequences)), kScanThreads, elements * int64_t(sizeof(T)),
-                plan.call.device, plan);
+  constexpr int64_t shared = kDynamic<T, LANES, STATES, SEGMENT> * int64_t(sizeof(T));
+  const dim3 blocks(unsigned(plan.channel_blocks * plan.call.sequences));
+  const auto start = [&](auto kernel) { return launch(kernel, blocks, kScanThreads, shared, plan.call.device, plan); };
+  if constexpr (sizeof(T) == 8)
+    return start(scan_backward_float64_kernel<LANES, STATES, SEGMENT>);
+  else if constexpr (STATES == 8)
+    return start(scan_backward_large_kernel<LANES, STATES, SEGMENT>);
+  else
+    return start(scan_backward_kernel<LANES, STATES, SEGMENT>);
 }
 
 const char* run_backward(const BackwardPlan& plan) {
   const ScanShape shape = shape_of(plan.call);
   const int key = shape.lanes * 100 + shape.states;
   if (plan.call.u.dtype == Dtype::kFloat64) {
-    if (key == 404) return run_backward<double, 4, 4, 16, 4>(plan);
-    if (key == 3204) return run_backward<double, 32, 4, 8, 4>(plan);
-    return run_backward<double, 32, 8, 4, 4>(plan);
+    if (key == 404) return run_backward<double, 4, 4, 16>(plan);
+    if (key == 3204) return run_backward<double, 32, 4, 8>(plan);
+    return run_backward<double, 32, 8, 4>(plan);
   }
   switch (key) {
     case 204:
-      return run_backward<float, 2, 4, 32, 8>(plan);
+      return run_backward<float, 2, 4, 32>(plan);
     case 404:
-      return run_backward<float, 4, 4, 32, 8>(plan);
+      return run_backward<float, 4, 4, 32>(plan);
     case 1601:
-      return run_backward<float, 16, 1, 32, 8>(plan);
+      return run_backward<float, 16, 1, 32>(plan);
     case 804:
-      return run_backward<float, 8, 4, 32, 8>(plan);
+      return run_backward<float, 8, 4, 32>(plan);
     case 1604:
-      return run_backward<float, 16, 4, 32, 8>(plan);
+      return run_backward<float, 16, 4, 32>(plan);
     case 3204:
-      return run_backward<float, 32, 4, 16, 8>(plan);
+      return run_backward<float, 32, 4, 16>(plan);
     default:
-      return run_backward<float, 32, 8, 16, 4>(plan);
+      return run_backward<float, 32, 8, 16>(plan);
   }
 }
 
@@ -551,12 +579,13 @@ const char* launch_scan_backward(const ScanBackward& call) {
     const int64_t count = terms.outer * terms.rows * terms.columns;
     if (error != nullptr || terms.to.data == nullptr || count == 0) return;
     const dim3 blocks(unsigned((count + kScanThreads - 1) / kScanThreads));
-    error = launch(wide ? scan_sum_kernel<double> : scan_sum_kernel<float>, blocks, kScanThreads, 0, call.device, terms);
+    error =
+        launch(wide ? scan_sum_kernel<double> : scan_sum_kernel<float>, blocks, kScanThreads, 0, call.device, terms);
   };
   const int64_t terms = call.channels == 0 ? 0 : w.channel_blocks, rows = length * 2 * states;
   sum({plan.dBC, call.batch, terms, length, states, w.channel_blocks * rows, rows, 2 * states, call.dB});
-  sum({static_cast<char*>(plan.dBC) + states * element, call.batch, terms, length, states, w.channel_blocks * rows, rows,
-       2 * states, call.dC});
+  sum({static_cast<char*>(plan.dBC) + states * element, call.batch, terms, length, states, w.channel_blocks * rows,
+       rows, 2 * states, call.dC});
   const int64_t width = call.channels * states;
   sum({plan.dA, 1, call.sequences, 1, width, 0, width, 0, call.dA});
   sum({plan.dD, 1, call.sequences, 1, call.channels, 0, call.channels, 0, call.dD});
