@@ -44,7 +44,8 @@ def test_the_kernels_are_clean_under_sanitizers(tmp_path):
     needed = subprocess.run(["objdump", "-p", str(library)], capture_output=True, text=True).stdout
     assert "libasan" in needed, "the build must really be sanitized"
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", f"({TESTS} or {PROPERTIES}) and not random",
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+         "-k", f"({TESTS} or {PROPERTIES}) and not random",
          "tests/jambatalk_kernels/test_selective_scan.py", "tests/jambatalk_kernels/test_causal_conv1d.py",
          "tests/jambatalk_kernels/test_properties.py"],
         cwd=ROOT, capture_output=True, text=True, timeout=1800,
