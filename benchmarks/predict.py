@@ -255,6 +255,12 @@ CASES: dict[str, Callable[[Card], Prediction]] = {
 }
 
 
+def cases(card: Card) -> dict[str, Prediction]:
+    """Every prediction for a card; CUDA C++ only where there is an nvcc."""
+    skipped = "cuda" if gpu_code.nvcc() is None else "none"
+    return {name: case(card) for name, case in CASES.items() if not name.endswith(skipped)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Predicted times of the GPU kernels; nothing here was measured.")
     parser.add_argument("--card", default="", help="part of a card's name; all by default")
@@ -262,8 +268,8 @@ def main() -> None:
     for card in cards.CARDS:
         if wanted in card.name.lower():
             print(f"{card.name} (predicted)")
-            for name, case in CASES.items():
-                print(f"  {name}: {case(card)}")
+            for name, prediction in cases(card).items():
+                print(f"  {name}: {prediction}")
 
 
 if __name__ == "__main__":

@@ -59,8 +59,7 @@ def on_gpus(files: list[dict], predictions: bool) -> list[str]:
                 times[card.name][case["name"]] = f"**{time_text(case['seconds']['ours'])}** measured"
                 names += [case["name"]] if case["name"] not in names else []
     for card in cards.CARDS if predictions else ():
-        for name, case in predict.CASES.items():
-            prediction = case(card)
+        for name, prediction in predict.cases(card).items():
             before = times[card.name].get(name)
             text = f"predicted {time_text(prediction.seconds)} ({prediction.limit})"
             times[card.name][name] = f"{before}; {text}" if before else text
