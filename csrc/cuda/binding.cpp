@@ -94,7 +94,7 @@ class Call {
     return tensor.has_value() ? array(name, *tensor, sizes) : Array{};
   }
 
-  // A new contiguous tensor. With JAMBATALK_KERNELS_CHECK=1 it is full of NaN, so that a test sees what was not written.
+  // A new contiguous tensor. With JAMBATALK_KERNELS_CHECK=1 it is full of NaN: a test sees what was not written.
   Tensor create(ScalarType type, std::initializer_list<int64_t> sizes) const {
     int64_t strides[4], step = 1;
     for (size_t i = sizes.size(); i-- > 0;) {

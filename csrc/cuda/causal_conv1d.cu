@@ -11,7 +11,8 @@
 // Backward saves nothing: it computes the sum before the activation again, and from
 //   g_t = grad_y_t silu'(..):   dx_p = sum_j w_j g_{p + j},   dw_j = sum_t g_t x_{t - j},   dbias = sum_t g_t,
 // with a window of g beside that of x. The sums over time are a thread's own, written per chunk and added up in a fixed
-// order by a second kernel: the same bytes every run.
+// order by a second kernel: the same bytes every run. DRAM again: x and grad_y in, dx out, and (width + 1) / chunk
+// sums.
 #include "cuda/device.h"
 
 namespace jambatalk::cuda {
@@ -36,7 +37,8 @@ int64_t chunk_length(int64_t batch, int64_t length, int64_t groups, int64_t thre
 Plan make_plan(const ConvCall& call, int vector, int64_t shortest) {
   Plan plan{};
   plan.groups = call.channels / vector;
-  plan.chunk = chunk_length(call.batch, call.length, plan.groups, call.device.multiprocessors * int64_t(1024), shortest);
+  plan.chunk =
+      chunk_length(call.batch, call.length, plan.groups, call.device.multiprocessors * int64_t(1024), shortest);
   plan.chunks = (call.length + plan.chunk - 1) / plan.chunk;
   plan.walk_blocks = (call.batch * plan.chunks * plan.groups + kThreads - 1) / kThreads;
   return plan;
@@ -116,7 +118,8 @@ JT_DEVICE void load_weight(const ConvCall& call, int64_t channel, A (&w)[W][V], 
   for (int v = 0; v < V; ++v) {
     JT_UNROLL
     for (int j = 0; j < W; ++j) {
-      w[j][v] = j < call.width ? load_any<A>(call.weight, offset(call.weight, 0, channel + v, call.width - 1 - j)) : A(0);
+      w[j][v] =
+          j < call.width ? load_any<A>(call.weight, offset(call.weight, 0, channel + v, call.width - 1 - j)) : A(0);
     }
     bias[v] = call.bias.data != nullptr ? load_any<A>(call.bias, (channel + v) * call.bias.stride[2]) : A(0);
   }
@@ -172,9 +175,10 @@ JT_DEVICE Row<A, V> load_history(const ConvCall& call, const Span& span, int64_t
   const int64_t state_row = position - span.begin + call.width - 1;
   JT_UNROLL
   for (int v = 0; v < V; ++v) {
-    row.lane[v] = call.initial_state.data != nullptr && state_row >= 0
-                      ? load_any<A>(call.initial_state, offset(call.initial_state, span.sequence, state_row, channel + v))
-                      : A(0);
+    row.lane[v] =
+        call.initial_state.data != nullptr && state_row >= 0
+            ? load_any<A>(call.initial_state, offset(call.initial_state, span.sequence, state_row, channel + v))
+            : A(0);
   }
   return row;
 }
@@ -402,8 +406,8 @@ __global__ void __launch_bounds__(kColumns* kSlices) conv_sum_kernel(const ConvB
     store_any<A>(call.dbias, channel * call.dbias.stride[2], sum);
 }
 
-// The gradient of the initial state: row r is x_{begin - m}, m = width - 1 - r, which reaches y_begin .. y_{begin + width
-// - 1 - m}; where the sequence is short, it is also a row of the final state. A thread per sequence and channel.
+// The gradient of the initial state: row r is x_{begin - m}, m = width - 1 - r, which reaches the first width - m
+// outputs; where the sequence is short, it is also a row of the final state. A thread per sequence and channel.
 // budget: registers <= 128, spills 0, shared <= 0
 template <class A, int W>
 __global__ void __launch_bounds__(kThreads) conv_backward_state_kernel(const ConvBackward call) {
@@ -419,9 +423,8 @@ __global__ void __launch_bounds__(kThreads) conv_backward_state_kernel(const Con
   Row<A, 1> rows[2 * W - 2];  // positions begin - (W - 1) .. begin + W - 2
   JT_UNROLL
   for (int i = 0; i < 2 * W - 2; ++i) {
-    rows[i] = i - (W - 1) < length
-                  ? load_history<void, A, 1>(call, span, batch, span.begin - (W - 1) + i, channel)
-                  : Row<A, 1>{};
+    rows[i] = i - (W - 1) < length ? load_history<void, A, 1>(call, span, batch, span.begin - (W - 1) + i, channel)
+                                   : Row<A, 1>{};
   }
   A g[W - 1];  // at begin + i
   JT_UNROLL
@@ -506,8 +509,8 @@ const char* run_forward(const ConvForward& call) {
   Plan plan = make_plan(call, kVector, 8);
   const int64_t state_elements = call.sequences * (call.width - 1) * call.channels;
   const int64_t blocks = plan.walk_blocks + (state_elements + kThreads - 1) / kThreads;
-  return launch(conv_forward_kernel<T, A, W, kVector, forward_steps<T, W>()>, unsigned(blocks), kThreads, 0, call.device,
-                call, plan);
+  return launch(conv_forward_kernel<T, A, W, kVector, forward_steps<T, W>()>, unsigned(blocks), kThreads, 0,
+                call.device, call, plan);
 }
 
 template <class T, int W>
@@ -562,9 +565,8 @@ Plan backward_plan(const ConvBackward& call) {
 const char* launch_conv_forward(const ConvForward& call) {
   return with_width(call.width, [&](auto width) {
     if (call.x.dtype == Dtype::kFloat64) return run_forward<void, double, width()>(call);
-    return with_layout<width()>(call, [&](auto* dtype) {
-      return run_forward<std::remove_pointer_t<decltype(dtype)>, float, width()>(call);
-    });
+    return with_layout<width()>(
+        call, [&](auto* dtype) { return run_forward<std::remove_pointer_t<decltype(dtype)>, float, width()>(call); });
   });
 }
 
@@ -585,8 +587,8 @@ const char* launch_conv_backward(const ConvBackward& call) {
 
 const char* launch_conv_step(const ConvStep& call) {
   return with_width(call.width, [&](auto width) {
-    const auto kernel = call.x.dtype == Dtype::kFloat64 ? conv_step_kernel<double, width()>
-                                                        : conv_step_kernel<float, width()>;
+    const auto kernel =
+        call.x.dtype == Dtype::kFloat64 ? conv_step_kernel<double, width()> : conv_step_kernel<float, width()>;
     return launch(kernel, blocks_for(call.batch * call.channels), kThreads, 0, call.device, call);
   });
 }

@@ -188,7 +188,7 @@ JT_DEVICE T sigmoid(T x) {
   else
     return T(1) / (T(1) + ::exp(-x));
 }
-// The same for results that are rounded to 16 bits: e^x with an error of |x| ulp costs two instructions instead of eight.
+// The same for results that are rounded to 16 bits: e^x with an error of |x| ulp takes two instructions, not eight.
 JT_DEVICE float silu_16bit(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 JT_DEVICE float sigmoid_16bit(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 

@@ -26,7 +26,7 @@ struct Array {
   int64_t stride[3];
 };
 
-// Where it runs. Heuristics may use these two and the sizes of a call, nothing else: the same card gives the same bytes.
+// Where it runs. Heuristics may use these two and the sizes of a call, nothing else: same card, same bytes.
 struct Device {
   int32_t multiprocessors;
   int32_t capability;  // 80, 86, 89, 90, 100, 120
@@ -34,8 +34,8 @@ struct Device {
 };
 
 // Packed calls (batch is 1) have bounds: `sequences + 1` int32 on the device, contiguous, already clamped into
-// 0 .. length and rising, so that sequence s is [bounds[s], bounds[s + 1]). Null otherwise: sequence s is batch entry s.
-// This makes them, from what the caller gave: bounds_i = max over j <= i of clamp(cu_seqlens_j, 0, length).
+// 0 .. length and rising, so that sequence s is [bounds[s], bounds[s + 1]). Null otherwise: sequence s is batch entry
+// s. This makes them, from what the caller gave: bounds_i = max over j <= i of clamp(cu_seqlens_j, 0, length).
 struct BoundsCall {
   const int32_t* cu_seqlens;
   int64_t stride, sequences, length;

@@ -1,9 +1,9 @@
 // CUDA on the host, for tests: stands in for CUDA's headers, so that csrc/cuda/*.cu compile as plain C++ and their
 // results can be checked without a GPU. This folder comes first in the include path.
 //
-// Every thread of a block is a fiber; blocks run one after another, the fibers of a block in a fixed order (forwards, or
-// backwards after cuda_on_cpu_order(1): a kernel whose bytes change with the order has a race). A fiber runs until it
-// waits for the others. It is an error, reported as the launch's error with file and line, when
+// Every thread of a block is a fiber; blocks run one after another, the fibers of a block in a fixed order (forwards,
+// or backwards after cuda_on_cpu_order(1): a kernel whose bytes change with the order has a race). A fiber runs until
+// it waits for the others. It is an error, reported as the launch's error with file and line, when
 //   - __syncthreads is not reached by all threads of the block, or by some on another line;
 //   - a warp function is called by lanes that its mask does not name, or with a mask that names lanes which have ended,
 //     do not exist, or wait for something else.
@@ -45,13 +45,9 @@ extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
 
-#define CUDA_ON_CPU_VECTOR(type, name)       \
-  struct alignas(2 * sizeof(type)) name##2 { \
-    type x, y;                               \
-  };                                         \
-  struct alignas(16) name##4 {               \
-    type x, y, z, w;                         \
-  };                                         \
+#define CUDA_ON_CPU_VECTOR(type, name)                             \
+  struct alignas(2 * sizeof(type)) name##2 { type x, y; };         \
+  struct alignas(16) name##4 { type x, y, z, w; };                 \
   inline name##2 make_##name##2(type x, type y) { return {x, y}; } \
   inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 CUDA_ON_CPU_VECTOR(float, float)

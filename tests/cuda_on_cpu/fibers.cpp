@@ -166,8 +166,8 @@ bool release_block() {
   return true;
 }
 
-// __shared__ variables are thread_local ones of this library: all of its thread-local block, which exists from the first
-// touch on.
+// __shared__ variables are thread_local ones of this library: all of its thread-local block, which exists from the
+// first touch on.
 thread_local volatile char touched;
 
 int poison_static(dl_phdr_info* info, size_t, void*) {
