@@ -20,7 +20,7 @@ struct BackwardPlan {
   int64_t channel_blocks;  // per sequence
   int64_t groups;          // of 128 / LANES channels, that a block takes one after another within a segment of time
   bool vectors[4];         // of delta, u, z, grad_y: four positions are neighbours in memory and aligned
-  void* resume;            // what a thread remembers of a group between segments
+  void* kept;              // (blocks, groups, kKept)
   void* dA;                // (sequences, channels, states)
   void* dD;                // (sequences, channels)
   void* ddelta_bias;       // (sequences, channels)
@@ -85,11 +85,19 @@ JT_DEVICE int sum_over_channels(T (&v)[COUNT], int warp_lane) {
   return first;
 }
 
+// What a thread remembers of a group between segments: the gradient of the states, and its sums for dA, dD and
+// ddelta_bias (a segment is summed in registers first: less rounding than one long sum, and dD and ddelta_bias take
+// none in the loop over time). In shared memory where there is one group, and room for it.
+template <int STATES>
+constexpr int kKept = (2 * STATES + 2) * kScanThreads;
+constexpr bool kept_in_shared(int states, int64_t groups) { return states < 8 && groups == 1; }
+
 // Elements of dynamic shared memory.
 template <class T, int LANES, int STATES, int SEGMENT>
 constexpr int kDynamic =
     3 * kScanThreads / LANES * (SEGMENT + 4) + 2 * SEGMENT * LANES * STATES + SEGMENT / kSub * STATES * kScanThreads +
-    LANES * STATES * (kScanThreads / 16 * kSub > SEGMENT ? kScanThreads / 16 * kSub : SEGMENT) + 2 * kScanThreads;
+    LANES * STATES * (kScanThreads / 16 * kSub > SEGMENT ? kScanThreads / 16 * kSub : SEGMENT) +
+    (kept_in_shared(STATES, 1) ? kKept<STATES> : 0);
 
 // A block: groups of 128 / LANES channels of one sequence. It walks the sequence backwards in segments of SEGMENT
 // positions, and within a segment takes the groups one after another:
@@ -120,10 +128,6 @@ JT_DEVICE void scan_backward_block(const BackwardPlan& plan) {
   T* const starts = tile_C + SEGMENT * kStates;                // (kSub-th position, state, thread)
   T* const exchange = starts + kSubs * STATES * kScanThreads;  // (warp, position, dB or dC, state)
   T* const tile_before = exchange;                             // B of the positions between chunk's and segment's start
-  // This thread's part of dD and ddelta_bias: not in registers, of which the loop over time needs every one.
-  T* const dD = tile_delta + kDynamic<T, LANES, STATES, SEGMENT> - 2 * kScanThreads + threadIdx.x;
-  T* const dbias = dD + kScanThreads;
-
   const ScanBackward& call = plan.call;
   const int warp_lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int lane = threadIdx.x % LANES, mine = threadIdx.x / LANES;
@@ -135,37 +139,25 @@ JT_DEVICE void scan_backward_block(const BackwardPlan& plan) {
   const int64_t block_channel = block * plan.groups * kChannels;
   T* const dBC = static_cast<T*>(plan.dBC) + (span.batch * plan.channel_blocks + block) * call.length * 2 * states;
 
-  T A[STATES] = {}, carry[STATES] = {}, dA[STATES] = {};
-  // A group's numbers between segments: in registers where there is one group.
-  const auto resume_at = [&](int64_t group, int k) {
-    return static_cast<T*>(plan.resume) +
-           ((int64_t(blockIdx.x) * plan.groups + group) * (kSums + 2) + k) * kScanThreads + threadIdx.x;
+  // (carry, dA: STATES numbers each; dD; ddelta_bias) by threads
+  const auto kept_of = [&](int64_t group) {
+    if (kept_in_shared(STATES, plan.groups))
+      return tile_delta + kDynamic<T, LANES, STATES, SEGMENT> - kKept<STATES> + threadIdx.x;
+    return static_cast<T*>(plan.kept) + (int64_t(blockIdx.x) * plan.groups + group) * kKept<STATES> + threadIdx.x;
   };
-  const auto begin_group = [&](int64_t group) {
+  for (int64_t group = 0; group < plan.groups; ++group) {
     const int64_t channel = block_channel + group * kChannels + mine;
-    *dD = *dbias = T(0);
+    T* const kept = kept_of(group);
     JT_UNROLL
     for (int s = 0; s < STATES; ++s) {
       const int n = state_of<LANES, STATES>(lane, s);
       const bool exists = channel < channels && n < states;
       const Array& from = call.grad_final_state;
-      carry[s] = exists ? load_or<T>(from, offset(from, span.sequence, channel, n), T(0)) : T(0);
-      dA[s] = T(0);
+      kept[s * kScanThreads] = exists ? load_or<T>(from, offset(from, span.sequence, channel, n), T(0)) : T(0);
+      kept[(STATES + s) * kScanThreads] = T(0);
     }
-  };
-  const auto keep_group = [&](int64_t group) {
-    if (plan.groups == 1) return;
-    JT_UNROLL
-    for (int s = 0; s < STATES; ++s) *resume_at(group, s) = carry[s], *resume_at(group, STATES + s) = dA[s];
-    *resume_at(group, kSums) = *dD, *resume_at(group, kSums + 1) = *dbias;
-  };
-  const auto resume_group = [&](int64_t group) {
-    if (plan.groups == 1) return;
-    JT_UNROLL
-    for (int s = 0; s < STATES; ++s) carry[s] = *resume_at(group, s), dA[s] = *resume_at(group, STATES + s);
-    *dD = *resume_at(group, kSums), *dbias = *resume_at(group, kSums + 1);
-  };
-  for (int64_t group = 0; group < plan.groups; ++group) begin_group(group), keep_group(group);
+    kept[kSums * kScanThreads] = kept[(kSums + 1) * kScanThreads] = T(0);
+  }
 
   outside(call, span, [&](int64_t from, int64_t to) {
     for (int64_t c = block_channel + column; c < min(channels, block_channel + plan.groups * kChannels);
@@ -209,14 +201,15 @@ JT_DEVICE void scan_backward_block(const BackwardPlan& plan) {
         const int64_t channel0 = block_channel + group * kChannels, channel = channel0 + mine,
                       other = channel0 + column;
         if (channel0 >= channels) break;
-        resume_group(group);
-        T h[STATES];
+        T* const kept = kept_of(group);
+        T A[STATES], h[STATES], carry[STATES], dA[STATES];
         JT_UNROLL
         for (int s = 0; s < STATES; ++s) {
           const int n = state_of<LANES, STATES>(lane, s);
           const bool exists = channel < channels && n < states;
           A[s] = exists ? load_any<T>(call.A, offset(call.A, 0, channel, n)) * kLog2e<T> : T(0);
-          h[s] = T(0);
+          carry[s] = kept[s * kScanThreads];
+          dA[s] = h[s] = T(0);
           if (exists && chunk_begin > begin) {
             h[s] = static_cast<const T*>(
                 call.chunk_states)[((span.batch * chunks + chunk) * states + n) * call.padded_channels + channel];
@@ -341,20 +334,20 @@ JT_DEVICE void scan_backward_block(const BackwardPlan& plan) {
               h[s] = before[i][s];
             }
             const int first_sum = sum_over_channels<LANES>(sums, warp_lane);
-            constexpr int kKept = kLeft<LANES, kSums>;
+            constexpr int kMine = kLeft<LANES, kSums>;
             T* const row = exchange + (warp * kSub + i) * 2 * kStates;
             // Where there are more channels than sums, several lanes have the same one.
             if (kSums * LANES >= 32 || (warp_lane & (32 - kSums * LANES)) == 0) {
-              if constexpr (kKept % 4 == 0) {
+              if constexpr (kMine % 4 == 0) {
                 JT_UNROLL
-                for (int k = 0; k < kKept; k += 4) {
+                for (int k = 0; k < kMine; k += 4) {
                   const int which = first_sum + k, n = state_of<LANES, STATES>(lane, which % STATES);
                   *reinterpret_cast<Four<T>*>(row + (which >= STATES ? kStates : 0) + n) =
                       Four<T>{{sums[k], sums[k + 1], sums[k + 2], sums[k + 3]}};
                 }
               } else {
                 JT_UNROLL
-                for (int k = 0; k < kKept; ++k) {
+                for (int k = 0; k < kMine; ++k) {
                   const int which = first_sum + k;
                   row[(which >= STATES ? kStates : 0) + state_of<LANES, STATES>(lane, which % STATES)] = sums[k];
                 }
@@ -379,6 +372,7 @@ JT_DEVICE void scan_backward_block(const BackwardPlan& plan) {
           __syncthreads();
         }
 
+        T dD = T(0), dbias = T(0);
 #pragma unroll 1
         for (int t = quarter * 4; t < SEGMENT; t += LANES * 4) {
           const int64_t at = start + t;
@@ -407,11 +401,17 @@ JT_DEVICE void scan_backward_block(const BackwardPlan& plan) {
             }
             store_any<T>(call.ddelta, offset(call.ddelta, span.batch, at + i, other), ddelta);
             store_any<T>(call.du, offset(call.du, span.batch, at + i, other), to_x.lane[i] * delta + D * dy);
-            *dbias += ddelta;
-            *dD += dy * u[i];
+            dbias += ddelta;
+            dD += dy * u[i];
           }
         }
-        keep_group(group);
+        JT_UNROLL
+        for (int s = 0; s < STATES; ++s) {
+          kept[s * kScanThreads] = carry[s];
+          kept[(STATES + s) * kScanThreads] += dA[s];
+        }
+        kept[kSums * kScanThreads] += dD;
+        kept[(kSums + 1) * kScanThreads] += dbias;
       }
     }
   }
@@ -419,24 +419,25 @@ JT_DEVICE void scan_backward_block(const BackwardPlan& plan) {
   for (int64_t group = 0; group < plan.groups; ++group) {
     const int64_t channel0 = block_channel + group * kChannels, channel = channel0 + mine;
     if (channel0 >= channels) break;
-    resume_group(group);
+    T* const kept = kept_of(group);
     JT_UNROLL
     for (int s = 0; s < STATES; ++s) {
       const int n = state_of<LANES, STATES>(lane, s);
       if (channel >= channels || n >= states) continue;
-      static_cast<T*>(plan.dA)[(span.sequence * channels + channel) * states + n] = dA[s];
+      static_cast<T*>(plan.dA)[(span.sequence * channels + channel) * states + n] = kept[(STATES + s) * kScanThreads];
       if (call.dinitial_state.data != nullptr) {
-        store_any<T>(call.dinitial_state, offset(call.dinitial_state, span.sequence, channel, n), carry[s]);
+        const int64_t at = offset(call.dinitial_state, span.sequence, channel, n);
+        store_any<T>(call.dinitial_state, at, kept[s * kScanThreads]);
       }
     }
     __syncthreads();
     if (quarter == 0 && channel0 + column < channels) {
-      T sum_D = *dD, sum_bias = *dbias;
-      for (int i = 1; i < LANES; ++i) sum_D += dD[i * kChannels], sum_bias += dbias[i * kChannels];
+      const T *const dD = kept + kSums * kScanThreads, *const dbias = dD + kScanThreads;  // of threads from this one on
+      T sum_D = T(0), sum_bias = T(0);
+      for (int i = 0; i < LANES; ++i) sum_D += dD[i * kChannels], sum_bias += dbias[i * kChannels];
       static_cast<T*>(plan.dD)[span.sequence * channels + channel0 + column] = sum_D;
       static_cast<T*>(plan.ddelta_bias)[span.sequence * channels + channel0 + column] = sum_bias;
     }
-    __syncthreads();
   }
 }
 
@@ -484,7 +485,7 @@ __global__ void __launch_bounds__(kScanThreads) scan_sum_kernel(const SumCall ca
 
 struct Workspace {
   int64_t channel_blocks, groups;
-  int64_t resume, dA, dD, ddelta_bias, dBC, bytes;  // where they begin
+  int64_t kept, dA, dD, ddelta_bias, dBC, bytes;  // where they begin
 };
 
 ScanShape shape_of(const ScanBackward& call) {
@@ -504,8 +505,8 @@ Workspace workspace_of(const ScanBackward& call) {
     return at;
   };
   const int64_t pairs = call.sequences * call.channels;
-  w.resume =
-      take(w.groups == 1 ? 0 : call.sequences * w.channel_blocks * w.groups * (2 * shape.states + 2) * kScanThreads);
+  const int64_t blocks = call.sequences * w.channel_blocks;
+  w.kept = take(kept_in_shared(shape.states, w.groups) ? 0 : blocks * w.groups * (2 * shape.states + 2) * kScanThreads);
   w.dA = take(pairs * call.states), w.dD = take(pairs), w.ddelta_bias = take(pairs);
   w.dBC = take(call.batch * w.channel_blocks * call.length * 2 * call.states);
   return w;
@@ -561,7 +562,7 @@ const char* launch_scan_backward(const ScanBackward& call) {
   BackwardPlan plan{};
   plan.call = call;
   plan.channel_blocks = w.channel_blocks, plan.groups = w.groups;
-  plan.resume = memory + w.resume, plan.dA = memory + w.dA, plan.dD = memory + w.dD;
+  plan.kept = memory + w.kept, plan.dA = memory + w.dA, plan.dD = memory + w.dD;
   plan.ddelta_bias = memory + w.ddelta_bias, plan.dBC = memory + w.dBC;
   const Array* const inputs[4] = {&call.delta, &call.u, &call.z, &call.grad_y};
   for (int i = 0; i < 4; ++i) {

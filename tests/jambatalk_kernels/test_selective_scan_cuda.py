@@ -127,8 +127,7 @@ def test_accuracy_rule(ops, shape, dtype):
     bar = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}[dtype]
     for name, want in exact.items():
         assert ours[name].dtype == (torch.float32 if name == "final" else dtype)
-        # Sums with a single random sign here and there come out small: rounding is against the largest number then.
-        rounding = max(rms_ratio(want.to(ours[name].dtype), want), 2 * torch.finfo(torch.float32).eps)
+        rounding = rms_ratio(want.to(ours[name].dtype), want)
         mine, theirs = rms_ratio(ours[name], want), rms_ratio(peer[name], want)
         assert mine <= 2 * theirs + 2 * rounding, (name, mine, theirs)
         assert mine <= bar, (name, mine)
@@ -206,8 +205,6 @@ def relayout(tensor, how):
         return torch.cat([nan[..., :1], tensor], 2)[..., 1:]
     if how == "batch inside":
         return tensor.transpose(0, 1).contiguous().transpose(0, 1)
-    if how == "backwards":  # a batch stride that goes down is what PyTorch cannot make; 0 it can
-        return tensor[:1].expand(tensor.shape[0], -1, -1)
     raise ValueError(how)
 
 
