@@ -143,19 +143,21 @@ struct ForwardPlan {
 
 // A block: 128 / LANES channels of one sequence. It walks time in tiles of TILE positions:
 //   1. u, delta, z, B, C of the next tile are on their way (cp.async) into one of two buffers, in their own dtype;
-//   2. softplus(delta + bias) and delta u of this tile, once per channel and position, and B and C, into shared memory
-//   in
-//      the compute type;
+//   2. softplus(delta + bias) and delta u of this tile, once per channel and position, and B and C, in the compute
+//   type;
 //   3. the recurrence, without a barrier: four positions at a time, their y reduced over a channel's lanes together;
 //   4. (y + D u) silu(z), once per channel and position, to memory.
 //
-// dtypes: inputs any; T float, or double where u is. Saves for backward the state at the start of every chunk.
-// Cost per channel and position, N = 16, bfloat16 u, delta, z and y: 8 bytes (and 4 N / chunk of saved states); N + 4
-// special functions (16 per clock and multiprocessor), which binds on an H200; on a 4090 the bytes bind.
-// With STATES 8 one exp2 in eight is a polynomial on the multiply-add pipe: special functions and issue slots balance.
-// Per warp and four positions of the loop: STATES * 4 exp2, as many multiplications (delta A), (x B) and 2 fused
-// multiply-adds; 2 + 2 * STATES vector loads from shared memory (STATES 1: 4); 3 shuffles, and one more for each
-// doubling of LANES beyond 4. Largest request of dynamic shared memory: 99 KB (float32 inputs, 2 lanes of 8 states).
+// Inputs of any dtype and strides (16-byte copies where channels or positions are neighbours and aligned, element by
+// element otherwise); T float, or double where u is. Saves for backward the state at the start of every chunk.
+//
+// Cost per channel and position, N = 16, bfloat16 u, delta, z, y: 8 bytes, and 4 N / chunk of saved states; N + 3
+// special functions, 16 per clock and multiprocessor; some 150 instructions of a thread (2 lanes), 128 per clock. On an
+// H200 the last two bind, 1.2 clocks each; on a 4090 the bytes do. The inner loop, per warp and four positions: 4
+// STATES MUFU.EX2, 8 STATES FMUL, 8 STATES FFMA; 2 STATES + 2 LDS.128 (with STATES 1: 4); SHFL 0, 2, 3, 4, 5, 6 for
+// LANES 1, 2, 4 ... 32; one STS. With <2, 8> 205 instructions for 64 channels and positions, <4, 4> 116 for 32, <16, 1>
+// 55 for 8: <2, 8> issues least, <16, 1> has the shortest chain. Largest request of dynamic shared memory: 99 KB
+// (float32 inputs with time fastest, 2 lanes of 8 states).
 template <class T, int LANES, int STATES, int TILE>
 JT_DEVICE void scan_forward_block(const ForwardPlan& plan) {
   constexpr int kChannels = kScanThreads / LANES, kStates = LANES * STATES, kRow = TILE + 4;
@@ -420,11 +422,15 @@ int64_t scan_forward_workspace(const ScanForward&) { return 0; }
 const char* launch_scan_forward(const ScanForward& call) {
   if (call.sequences == 0 || call.channels == 0) return nullptr;
   if (call.states > 256) return "selective_scan: at most 256 states";
-  const ScanShape shape = scan_forward_shape(call.sequences, call.channels, call.states, call.device.multiprocessors);
+  ScanShape shape = scan_forward_shape(call.sequences, call.channels, call.states, call.device.multiprocessors);
+  for (const Array* array : {&call.delta, &call.z, &call.B, &call.C}) {
+    // Tiles of 64 or 128 channels in float64 do not fit into the 99 KB of shared memory that some cards have.
+    if (array->data != nullptr && array->dtype == Dtype::kFloat64 && shape.lanes <= 2) shape = {4, 4};
+  }
   if (call.u.dtype == Dtype::kFloat64) {
     if (call.states <= 16) return run_forward<double, 4, 4, 16>(call);
     if (call.states <= 128) return run_forward<double, 32, 4, 8>(call);
-    return run_forward<double, 32, 8, 8>(call);
+    return run_forward<double, 32, 8, 4>(call);
   }
   switch (shape.lanes * 100 + shape.states) {
     case 104:

@@ -155,6 +155,8 @@ def test_mixed_dtypes(ops):
     dtypes = (half, single, single, torch.float16, half, single, half, wide, single)
     named = {k: v.to(d) for (k, v), d in zip(inputs(1, 45, 20, 16).items(), dtypes, strict=True)}
     close(of_kernels(ops, named), of_reference(named), 5e-3)
+    wide_inputs = inputs(1, 40, 520, 16) | {"u": inputs(1, 40, 520, 16)["u"].float()}
+    close(of_kernels(ops, wide_inputs), of_reference(wide_inputs), 1e-5)
     named["u"] = named["u"].double()  # then everything is computed in float64
     got, want = of_kernels(ops, named), of_reference(named)
     close({k: got[k] for k in ("y", "final", "u")}, {k: want[k] for k in ("y", "final", "u")}, 1e-13)
