@@ -103,7 +103,7 @@ def product_plan(
     # 128 registers per thread for the accumulators, or 64.
     num_warps = 8 if tile > 128 * 128 or (tile == 128 * 128 and long_epilogue) else 4
     room = _SHARED.get(device.capability, _SHARED_ELSEWHERE) - _SHARED_RESERVE
-    stages = min(4, room // ((block_m + block_n * operands) * block_k * itemsize))
+    stages = min(4 if half else 3, room // ((block_m + block_n * operands) * block_k * itemsize))
     return TilePlan(block_m, block_n, block_k, num_warps, stages)
 
 

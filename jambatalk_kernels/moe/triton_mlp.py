@@ -667,16 +667,17 @@ def mlp_backward(
 def ahead_of_time_cases(capability: tuple[int, int] = (8, 9)) -> list[dict]:
     """What launches at the bars' sizes are compiled as; those for 8.9 run on every architecture."""
     cases = []
-    for dtype, tokens, experts, top_k, size, activation in (
-        (torch.bfloat16, 4096, 8, 2, 1024, "swiglu"),  # the bars' sizes
-        (torch.bfloat16, 4096, 8, 8, 1024, "swiglu"),  # every expert
-        (torch.bfloat16, 600, 8, 2, 512, "gelu"),  # one clip
-        (torch.float32, 600, 8, 2, 512, "swiglu"),
-        (torch.bfloat16, 1, 8, 2, 512, "swiglu"),  # one step of a rollout
-        (torch.float16, 100, 7, 1, 97, "relu"),  # no multiple of anything
+    for sizes in (
+        (torch.bfloat16, 4096, 8, 2, 1024, "swiglu", True),  # the bars' sizes
+        (torch.bfloat16, 4096, 8, 8, 1024, "swiglu", False),  # every expert
+        (torch.bfloat16, 600, 8, 2, 512, "gelu", True),  # one clip
+        (torch.float32, 600, 8, 2, 512, "swiglu", True),
+        (torch.bfloat16, 1, 8, 2, 512, "swiglu", False),  # one step of a rollout
+        (torch.float16, 100, 7, 1, 97, "relu", True),  # no multiple of anything
     ):
 
-        def run(dtype=dtype, tokens=tokens, experts=experts, top_k=top_k, size=size, activation=activation):
+        def run(sizes=sizes):
+            dtype, tokens, experts, top_k, size, activation, backward = sizes
             x = torch.empty(tokens, size, dtype=dtype)
             w_in = torch.empty(experts, size * (2 if activation == "swiglu" else 1), size, dtype=dtype)
             w_out = torch.empty(experts, size, size, dtype=dtype)
@@ -684,10 +685,11 @@ def ahead_of_time_cases(capability: tuple[int, int] = (8, 9)) -> list[dict]:
                 torch.empty(tokens, top_k),
                 *(torch.empty(n, dtype=torch.int32) for n in ((tokens, top_k), tokens * top_k, experts + 1)),
             )
-            y, preactivation = mlp_forward(x, *routing, w_in, w_out, activation, True)
-            if tokens > 1:
+            y, preactivation = mlp_forward(x, *routing, w_in, w_out, activation, backward)
+            if backward:
                 mlp_backward(y, x, *routing, w_in, w_out, preactivation, activation)
 
+        dtype, tokens, experts, top_k, size, activation, _ = sizes
         label = f"{str(dtype)[6:]} {activation}, {tokens} tokens, {experts} experts, top {top_k}, {size}"
         with patch.object(sys.modules[__name__], "_device", lambda _: Device(capability, 128)):
             cases += recorded_launches(sys.modules[__name__], label, run)
