@@ -74,14 +74,18 @@ def _library(name):
     return found if os.path.isabs(found) else None
 
 
+SANITIZED = ("-DCUDA_ON_CPU_ASAN", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+
+
 def _under_sanitizers(*arguments):
     preload = [_library(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so")]
     if None in preload:
         pytest.skip("GCC's sanitizer libraries are not installed")
+    build.build(*SANITIZED)  # here: the preloaded sanitizer would watch the compiler too
     return subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=1800,
         env={k: v for k, v in os.environ.items() if not k.startswith("JAMBATALK_")} | {
-            "CUDA_ON_CPU_FLAGS": "-DCUDA_ON_CPU_ASAN -fsanitize=address,undefined -fno-sanitize-recover=undefined",
+            "CUDA_ON_CPU_FLAGS": " ".join(SANITIZED),
             "LD_PRELOAD": " ".join(preload),
             # Python and torch keep memory until the end; a fiber's stack is none that the sanitizer knows.
             "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",

@@ -214,6 +214,40 @@ def test_torchs_version_is_read(tmp_path):
     assert setup.torch_variable(tmp_path, "hip") is None and setup.torch_variable(tmp_path, "xpu") is None
 
 
+def test_auto_builds_cuda_where_nvcc_and_torch_have_it(tmp_path, monkeypatch, capsys):
+    for name in ("bin/nvcc", "include/cuda_runtime.h", "lib64/libcudart_static.a"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    (tmp_path / "bin" / "nvcc").write_text(
+        "#!/bin/sh\n"
+        'case "$1" in\n'
+        "  --version) echo 'Cuda compilation tools, release 13.0, V13.0.88';;\n"
+        "  --list-gpu-arch) echo compute_89; echo compute_90;;\n"
+        f"  --dryrun) echo '#$ TOP={tmp_path}/bin/..' >&2;;\n"
+        "esac\n"
+    )
+    (tmp_path / "bin" / "nvcc").chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    setup = _setup_functions()
+    found = (str(tmp_path / "bin" / "nvcc"), ["8.9", "9.0"], str(tmp_path / "include"), str(tmp_path / "lib64"))
+    for wish, release, expected, words in (
+        ("auto", "'13.0'", found, "CUDA kernels for 8.9;9.0"),
+        ("auto", "'12.8'", found, "will need a driver for CUDA 13"),
+        ("auto", "None", None, "torch has none"),
+        ("cuda", "None", found, "CUDA kernels for 8.9;9.0"),
+        ("cpu", "'13.0'", None, ""),
+    ):
+        (tmp_path / "version.py").write_text(f"cuda: Optional[str] = {release}\n")
+        setup.find_cuda.__globals__["WISH"] = wish
+        assert setup.find_cuda(tmp_path) == expected, wish
+        assert words in capsys.readouterr().out
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
+    setup.find_cuda.__globals__["WISH"] = "auto"
+    (tmp_path / "version.py").write_text("cuda: Optional[str] = '13.0'\n")
+    assert setup.find_cuda(tmp_path) is None and "no nvcc" in capsys.readouterr().out
+
+
 def test_setup_refuses_what_it_cannot_build(tmp_path):
     for name in ("g++", "python3"):  # a machine without nvcc
         if shutil.which(name):
