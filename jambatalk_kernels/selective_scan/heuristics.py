@@ -72,9 +72,12 @@ def forward_layout(sequences: int, length: int, channels: int, states: int, mult
     return _layout(padded, 1, lanes_n, channels, warps=1, splits=splits)
 
 
-def backward_layout(sequences: int, length: int, channels: int, states: int, multiprocessors: int) -> Layout:
+def backward_layout(
+    sequences: int, length: int, channels: int, states: int, multiprocessors: int, capability: int
+) -> Layout:
     """As :func:`forward_layout`, with as many warps per program as leave three programs for four multiprocessors: the
-    wider a program, the fewer partial sums of dB and dC. Registers allow two channels per lane and eight warps."""
+    wider a program, the fewer partial sums of dB and dC. Two channels per lane take all registers that there are;
+    compiled for sm_100 and sm_120 (``capability`` 100, 120) some would spill."""
     padded = max(4, _power_of_two(states))
     lanes_n = max(4, min(LANES, padded // 4))
     enough = FEWEST_WARPS * multiprocessors
@@ -84,7 +87,8 @@ def backward_layout(sequences: int, length: int, channels: int, states: int, mul
 
     while lanes_n < min(LANES, padded) and warps_in_all() < enough:
         lanes_n *= 2
-    per_lane = 2 if padded // lanes_n <= 4 and warps_in_all(2) >= ENOUGH_WARPS * multiprocessors * 3 // 4 else 1
+    two = capability < 100 and padded // lanes_n <= 4 and warps_in_all(2) >= ENOUGH_WARPS * multiprocessors * 3 // 4
+    per_lane = 2 if two else 1
     splits = 1
     if warps_in_all() * 2 <= enough:
         chunks = -(-length // chunk_length(states))

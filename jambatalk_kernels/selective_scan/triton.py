@@ -750,7 +750,8 @@ def _forward_layout(sequences: int, length: int, channels: int, states: int, dev
 
 @functools.cache
 def _backward_layout(sequences: int, length: int, channels: int, states: int, device: int) -> Layout:
-    return backward_layout(sequences, length, channels, states, _multiprocessors(device))
+    major, minor = torch.cuda.get_device_capability(device) if device >= 0 else (8, 0)
+    return backward_layout(sequences, length, channels, states, _multiprocessors(device), 10 * major + minor)
 
 
 def scan_forward(
@@ -893,8 +894,9 @@ def _strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:
 # ---- proof ----------------------------------------------------------------------------------------------------------
 
 
-def ahead_of_time_cases() -> list[dict]:
-    """Launches that tests compile without a GPU: every kernel as a trained model calls it, on a card of 128 SMs."""
+def ahead_of_time_cases(capability: int = 120) -> list[dict]:
+    """Launches that tests compile without a GPU: every kernel as a trained model calls it, on a card of 128 SMs and of
+    that capability; what is launched on the newest compiles for all."""
     softplus = {"SOFTPLUS": True, "ACC": tl.float32}
     cases = []
     for name, layout, states, purpose, saves in (
@@ -917,13 +919,13 @@ def ahead_of_time_cases() -> list[dict]:
     cases.append(_case("join", _join_kernel, layout, constants, {"initial_state": None}))
     absent = dict.fromkeys(("initial_state", "dinitial", "grad_final", "cu_seqlens", "boundaries"))
     for name, layout, states in (
-        ("backward", backward_layout(8, 2048, 2048, 16, 128), 16),
-        ("backward_few_channels", backward_layout(1, 600, 1024, 16, 128), 16),
-        ("backward_many_states", backward_layout(8, 2048, 2048, 256, 128), 256),
+        ("backward", backward_layout(8, 2048, 2048, 16, 128, capability), 16),
+        ("backward_few_channels", backward_layout(1, 600, 1024, 16, 128, capability), 16),
+        ("backward_many_states", backward_layout(8, 2048, 2048, 256, 128, capability), 256),
     ):
         constants = {**softplus, "STATES": states, "CHUNK": chunk_length(states), "STEPS": layout.steps}
         cases.append(_case(name, _backward_kernel, layout, constants, absent))
-    layout = backward_layout(1, 60_000, 256, 16, 128)
+    layout = backward_layout(1, 60_000, 256, 16, 128, capability)
     constants = {**softplus, "STATES": 16, "CHUNK": chunk_length(16), "STEPS": layout.steps}
     cases.append(_case("backward_ends", _backward_ends_kernel, layout, constants, {"cu_seqlens": None}))
     cases.append(_case("step", _step_kernel, step_layout(1, 1024, 16), {**softplus, "STATES": 16}, {}))

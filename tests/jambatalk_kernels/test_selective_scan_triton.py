@@ -272,18 +272,17 @@ def test_saved_states_are_no_more_than_the_inputs(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [None, *LAYOUTS])
+@pytest.mark.parametrize("name", ["wide", "split"])
 def test_real_chunks(name, force, monkeypatch):
     monkeypatch.undo()
-    if name:
-        force(LAYOUTS[name], chunk=heuristics.chunk_length(16))
-    named = named_inputs(1, 200, 5, 16, sequences=3)
-    cu_seqlens = torch.tensor([0, 30, 129, 200], dtype=torch.int32, device=DEVICE)
+    force(LAYOUTS[name], chunk=heuristics.chunk_length(16))
+    named = named_inputs(1, 140, 5, 16, sequences=2)
+    cu_seqlens = torch.tensor([0, 30, 140], dtype=torch.int32, device=DEVICE)
     assert_same(kernel_results(named, cu_seqlens), reference_results(named, cu_seqlens))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_random_shapes(seed, force):
     g = torch.Generator().manual_seed(seed)
 
@@ -292,7 +291,7 @@ def test_random_shapes(seed, force):
 
     layout = list(LAYOUTS.values())[seed % 4]
     force(layout._replace(splits=draw(1, 4)))
-    batch, length, channels, states = draw(1, 3), draw(1, 40), draw(1, 20), draw(1, 17)
+    batch, length, channels, states = draw(1, 3), draw(1, 30), draw(1, 20), draw(1, 17)
     cu_seqlens = sequences = None
     if seed % 3:
         batch, sequences = 1, draw(1, 6)
@@ -305,7 +304,11 @@ def test_random_shapes(seed, force):
 # ---- heuristics -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("choose", [heuristics.forward_layout, heuristics.backward_layout])
+def backward_layout(*sizes):
+    return heuristics.backward_layout(*sizes, capability=90)
+
+
+@pytest.mark.parametrize("choose", [heuristics.forward_layout, backward_layout])
 def test_layouts_hold_every_state_once_and_every_channel(choose):
     for sequences in (1, 8, 100):
         for channels in (1, 33, 1024, 4096):
@@ -325,7 +328,7 @@ def warps_in_all(layout, sequences, channels):
 
 
 def test_a_small_problem_is_spread_over_the_card():
-    for choose in (heuristics.forward_layout, heuristics.backward_layout):
+    for choose in (heuristics.forward_layout, backward_layout):
         for sequences, length, channels in ((1, 600, 1024), (1, 60_000, 256), (2, 4096, 64)):
             layout = choose(sequences, length, channels, 16, 132)
             # A warp for every second scheduler at least, though that takes a second walk over time.
@@ -339,7 +342,8 @@ def test_a_large_problem_shares_the_reading_of_B_and_C():
         layout = heuristics.forward_layout(8, 2048, 2048, 16, multiprocessors)
         assert layout.splits == 1 and layout.channels_per_lane >= 2 and layout.lanes_n == 4
         assert warps_in_all(layout, 8, 2048) >= 4 * multiprocessors
-        layout = heuristics.backward_layout(8, 2048, 2048, 16, multiprocessors)
-        assert layout.splits == 1
+        layout = backward_layout(8, 2048, 2048, 16, multiprocessors)
+        assert layout.splits == 1 and layout.channels_per_lane == 2
+        assert heuristics.backward_layout(8, 2048, 2048, 16, multiprocessors, 120).channels_per_lane == 1  # spills
         # Partial sums of dB and dC: at most 4 bytes per element, of the 14 that backward moves in bfloat16.
         assert 2 * 16 * 4 / layout.channels <= 4
