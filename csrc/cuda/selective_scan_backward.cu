@@ -113,11 +113,11 @@ constexpr int kDynamic =
 //
 // Cost per channel and position, N = 16, bfloat16: 14 bytes (u, delta, z, grad_y in; du, ddelta, dz out), 4 N / chunk
 // of saved states and 16 N / (channels of a block) of partial dB and dC; 2.4 N + 6 special functions, of which 0.5 N
-// are for the way from the chunk's start; some 500 instructions of a thread, which bind. Back through four positions,
-// per warp, LANES 4 and STATES 4: 16 MUFU.EX2; 37 SHFL (28 for dB and dC, 3 each for du, ddelta and dz); 4 + 2 STS.
-// With more than 64 states segments are shorter than 32 positions and a chunk longer than 64: the way from the chunk's
-// start is then up to 7.5 times the segment's own.
-// Largest request of dynamic shared memory: 89 KB (float64, 256 states); 41 KB with N = 16.
+// are for the way from the chunk's start; some 750 instructions of a thread (600 of them in the loops over time), which
+// bind. Back through four positions, per warp, LANES 4 and STATES 4: 16 MUFU.EX2; 37 SHFL (28 for dB and dC, 3 each for
+// du, ddelta and dz); 4 + 2 STS. With more than 64 states segments are shorter than 32 positions and a chunk longer
+// than 64: the way from the chunk's start is then up to 7.5 times the segment's own. Largest request of dynamic shared
+// memory: 89 KB (float64, 256 states); 41 KB with N = 16.
 template <class T, int LANES, int STATES, int SEGMENT>
 JT_DEVICE void scan_backward_block(const BackwardPlan& plan) {
   constexpr int kChannels = kScanThreads / LANES, kStates = LANES * STATES, kRow = SEGMENT + 4;
