@@ -51,9 +51,17 @@ def forward_tile(
 
 @lru_cache(maxsize=1024)
 def backward_tile(
-    batch: int, length: int, channels: int, width: int, itemsize: int, time_fastest: bool, multiprocessors: int
+    batch: int,
+    length: int,
+    channels: int,
+    width: int,
+    itemsize: int,
+    time_fastest: bool,
+    multiprocessors: int,
+    edges: bool = False,
 ) -> Tile:
-    """Alive as well: the last gradients and the sums for dweight and dbias.
+    """Alive as well: the last gradients and the sums for dweight and dbias; with ``edges`` (packed
+    sequences, or states) what selects and loads at them.
 
     A run ends ``width - 1`` positions after those that it owns, and a program leaves ``width + 1`` sums per channel:
     long runs cost less.
@@ -67,7 +75,7 @@ def backward_tile(
         while least * ROWS <= history:
             least *= 2
         steps = [s * least for s in (16, 8, 4, 2, 1)]
-        shapes = _channels_fastest_shapes(channels, 4 * width + 2, itemsize, steps=steps)
+        shapes = _channels_fastest_shapes(channels, (5 if edges else 4) * width + 2, itemsize, steps=steps)
     return _first_with_enough_programs(shapes, history, batch, length, channels, time_fastest, multiprocessors)
 
 

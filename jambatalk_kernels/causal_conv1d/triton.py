@@ -719,8 +719,9 @@ def conv_backward(
         return dx, dweight, dbias, dinitial_state
     x_strides = x.stride()
     tile = backward_tile(
-        batch, length, channels, width, x.element_size(), time_is_fastest(*x_strides[1:]), _multiprocessors(x.device)
-    )
+        batch, length, channels, width, x.element_size(), time_is_fastest(*x_strides[1:]), _multiprocessors(x.device),
+        any(tensor is not None for tensor in (cu_seqlens, initial_state, grad_final_state)),
+    )  # fmt: skip
     tiles = batch * -(-length // tile.positions)
     partial = x.new_empty((tiles, width + 1, channels), dtype=dtype)
     edges = 0 if initial_state is None or width == 1 else sequences * -(-channels // EDGE_CHANNELS)
@@ -798,7 +799,8 @@ def ahead_of_time_cases() -> list[dict]:
         kernel, choose = (
             (_forward_kernel, forward_tile) if direction == "forward" else (_backward_kernel, backward_tile)
         )
-        tile = choose(8, 2048, 4096, width, 4 if element == "fp32" else 2, time_fastest, 132)
+        sizes = (8, 2048, 4096, width, 4 if element == "fp32" else 2, time_fastest, 132)
+        tile = choose(*sizes, packed or state) if direction == "backward" else choose(*sizes)
         absent = () if packed else ("bounds", "sequence_of", "ahead_of")
         absent += () if state else ("initial_state", "grad_final_state")
         constexprs = {

@@ -22,7 +22,7 @@ def small_forward_tile(batch, length, channels, width, itemsize, time_fastest, m
     return Tile(8, 2, 4, 2, 1, time_fastest, 16)
 
 
-def small_backward_tile(batch, length, channels, width, itemsize, time_fastest, multiprocessors):
+def small_backward_tile(batch, length, channels, width, itemsize, time_fastest, multiprocessors, edges):
     steps = 2 if width < 8 else 4
     return Tile(8, 2, 8, steps, 1, time_fastest, 16 * steps - (0 if time_fastest else 2 * (width - 1)))
 
