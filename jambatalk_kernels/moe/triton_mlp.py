@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import functools
 import sys
-from unittest.mock import patch
 
 import torch
 import triton
@@ -41,7 +40,6 @@ import triton.language as tl
 from torch import Tensor
 
 from jambatalk_kernels.moe import heuristics
-from jambatalk_kernels.moe.ahead_of_time import recorded_launches
 from jambatalk_kernels.moe.heuristics import MAX_EXPERTS, MAX_TOP_K, Device, next_power_of_2
 from jambatalk_kernels.moe.interpreter import dot, rounded
 
@@ -666,6 +664,10 @@ def mlp_backward(
 
 def ahead_of_time_cases(capability: tuple[int, int] = (8, 9)) -> list[dict]:
     """What launches at the bars' sizes are compiled as; those for 8.9 run on every architecture."""
+    from unittest.mock import patch
+
+    from jambatalk_kernels.moe.ahead_of_time import recorded_launches
+
     cases = []
     for sizes in (
         (torch.bfloat16, 4096, 8, 2, 1024, "swiglu", True),  # the bars' sizes
