@@ -39,6 +39,7 @@ SOURCES = [
     "csrc/registration.cpp",
     "csrc/cpu/selective_scan.cpp",
     "csrc/cpu/causal_conv1d.cpp",
+    "csrc/cpu/moe.cpp",
     "csrc/cpu/tensors.cpp",
     "csrc/cpu/isa.cpp",
     "csrc/cpu/kernels_plain.cpp",

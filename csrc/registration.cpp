@@ -19,7 +19,7 @@
 
 // Raised with every change of a schema or of what an op means, here and in jambatalk_kernels/backends.py: a library
 // that was built from another version of the sources is then refused, not called.
-#define JAMBATALK_NATIVE_VERSION 1
+#define JAMBATALK_NATIVE_VERSION 2
 
 namespace jambatalk {
 void empty_op(const Tensor&) {}
@@ -34,6 +34,10 @@ STABLE_TORCH_LIBRARY_IMPL(jambatalk, CPU, m) {
   m.impl("causal_conv1d", TORCH_BOX(&jambatalk::causal_conv1d));
   m.impl("causal_conv1d_backward", TORCH_BOX(&jambatalk::causal_conv1d_backward));
   m.impl("causal_conv1d_step", TORCH_BOX(&jambatalk::causal_conv1d_step));
+  m.impl("moe_route", TORCH_BOX(&jambatalk::moe_route));
+  m.impl("moe_route_backward", TORCH_BOX(&jambatalk::moe_route_backward));
+  m.impl("moe_mlp", TORCH_BOX(&jambatalk::moe_mlp));
+  m.impl("moe_mlp_backward", TORCH_BOX(&jambatalk::moe_mlp_backward));
   m.impl("empty_op", TORCH_BOX(&jambatalk::empty_op));
 }
 

@@ -27,6 +27,19 @@ void define_ops(Library& m) {
       "Tensor? initial_state, Tensor? cu_seqlens, bool silu) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)");
   m.def("causal_conv1d_step(Tensor(a!) state, Tensor x, Tensor weight, Tensor? bias, bool silu) -> Tensor");
+  m.def(
+      "moe_route(Tensor logits, int top_k, bool renormalize) "
+      "-> (Tensor weights, Tensor experts, Tensor probabilities, Tensor order, Tensor offsets)");
+  m.def(
+      "moe_route_backward(Tensor? grad_weights, Tensor? grad_probabilities, Tensor logits, Tensor weights, "
+      "Tensor experts, Tensor probabilities, bool renormalize) -> Tensor");
+  m.def(
+      "moe_mlp(Tensor x, Tensor weights, Tensor experts, Tensor order, Tensor offsets, Tensor w_in, Tensor w_out, "
+      "str activation, bool save) -> (Tensor y, Tensor preactivation)");
+  m.def(
+      "moe_mlp_backward(Tensor grad_y, Tensor x, Tensor weights, Tensor experts, Tensor order, Tensor offsets, "
+      "Tensor w_in, Tensor w_out, Tensor preactivation, str activation) "
+      "-> (Tensor dx, Tensor dweights, Tensor dw_in, Tensor dw_out)");
   m.def("empty_op(Tensor x) -> ()");
 }
 

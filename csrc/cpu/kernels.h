@@ -102,6 +102,65 @@ struct SumCall {
   Array target;
 };
 
+enum class Activation : int32_t { kSwiglu, kGelu, kRelu };
+
+// Routing of tokens to experts; tasks are tokens. Whatever is T* below is of the compute type and contiguous.
+struct RouteCall {
+  int64_t batch, groups;  // 1, tokens
+  int64_t experts, top_k;
+  bool renormalize;
+  Array logits;         // (tokens, experts)
+  void* probabilities;  // T (tokens, experts)
+  void* weights;        // T (tokens, top_k)
+  int32_t* chosen;      // (tokens, top_k)
+  // backward; absent gradients are zero
+  Array grad_weights;        // (tokens, top_k) of the compute type
+  Array grad_probabilities;  // (tokens, experts)
+  Array grad_logits;         // (tokens, experts)
+};
+
+// The activation between the two products of the experts; tasks are rows. Everything contiguous, of `dtype`.
+struct ActivateCall {
+  int64_t batch, groups;  // 1, rows
+  int64_t hidden;
+  Activation activation;
+  Dtype dtype;
+  const void* preactivation;  // (rows, hidden), or (rows, 2 * hidden) for swiglu, the gate first
+  void* activated;            // (rows, hidden)
+  // backward
+  void* dpreactivation;
+  const int32_t* order;  // row -> assignment
+  const void* weights;   // T (assignments)
+  void* dweights;        // T (assignments)
+};
+
+struct CombineCall {
+  int64_t batch, groups;  // 1, tokens
+  int64_t top_k, columns;
+  Dtype dtype;
+  const void* rows;         // (assignments, columns)
+  const int32_t* position;  // (tokens, top_k): the row of each assignment
+  const void* weights;      // T (tokens, top_k), or null
+  void* y;                  // (tokens, columns)
+};
+
+// A stretch of rows that one expert works on.
+struct Segment {
+  int64_t expert, begin, end;
+};
+
+struct MatvecCall {
+  int64_t batch, groups;  // segments, blocks of outputs
+  const Segment* segments;
+  int64_t block;          // outputs of one task
+  int64_t inner, outputs;
+  bool activate;          // out is act of outputs j and, for swiglu, outputs + j
+  Activation activation;
+  Array w;        // (experts, outputs or 2 * outputs, inner)
+  const void* x;  // T (rows, inner)
+  void* out;      // T (rows, outputs)
+};
+
 // The kernels of one instruction set and one compute type. Each runs the tasks [begin, end) of batch * groups.
 struct KernelSet {
   void (*scan_forward)(const ScanCall&, int64_t begin, int64_t end);
@@ -111,6 +170,12 @@ struct KernelSet {
   void (*conv_backward)(const ConvCall&, int64_t begin, int64_t end);
   void (*conv_step)(const ConvStepCall&, int64_t begin, int64_t end);
   void (*sum_terms)(const SumCall&, int64_t begin, int64_t end);
+  void (*route_forward)(const RouteCall&, int64_t begin, int64_t end);
+  void (*route_backward)(const RouteCall&, int64_t begin, int64_t end);
+  void (*expert_activate)(const ActivateCall&, int64_t begin, int64_t end);
+  void (*expert_activate_backward)(const ActivateCall&, int64_t begin, int64_t end);
+  void (*combine_slots)(const CombineCall&, int64_t begin, int64_t end);
+  void (*expert_matvec)(const MatvecCall&, int64_t begin, int64_t end);
 };
 
 struct IsaKernels {

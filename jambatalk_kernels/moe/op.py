@@ -1,13 +1,18 @@
-"""Public mixture-of-experts functions: checks and backend choice. The definition is in `reference.py`."""
+"""moe_route, load_balancing_loss and moe_mlp: argument checks, backend choice, autograd and shape functions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from jambatalk_kernels import backends
+from jambatalk_kernels.autograd import any_requires_grad, first_derivative
+from jambatalk_kernels.backends import Reason, candidates, choose, native_library
+from jambatalk_kernels.checks import check_tensor
 from jambatalk_kernels.moe import reference
 from jambatalk_kernels.moe.reference import Routing
+from jambatalk_kernels.triton_ops import TritonOp
+
+__all__ = ["Routing", "load_balancing_loss", "moe_mlp", "moe_route"]
 
 ACTIVATIONS = ("swiglu", "gelu", "relu")
 
@@ -18,25 +23,33 @@ def moe_route(logits: Tensor, top_k: int, *, renormalize: bool = False, backend:
     Softmax over all experts in float32 (float64 for float64 logits), the `top_k` largest, ties to the lowest index.
     The weights are those probabilities (Eq. 4-5 of JambaTalk; Jamba), divided by their sum only with `renormalize`.
 
+    A row without a softmax (it holds NaN or +infinity, or only -infinity) gets experts 0 .. top_k - 1 with weights and
+    probabilities NaN: nothing raises, no index is out of range, and the NaN is seen where it ends up.
+
     Args:
-        logits: (tokens, experts), any float dtype. Gradients flow from `weights` and `probabilities`.
+        logits: (tokens, experts), any float dtype. Gradients flow from `weights` and `probabilities`; a second
+            derivative works on `reference` and raises on the others.
         top_k: 1 .. experts.
 
     Returns:
-        `Routing` (see there); no capacity, no dropped tokens.
+        `Routing` (see there); no capacity, no dropped tokens. Deterministic.
+
+    Cost: on the CPU about experts * (20 + top_k) operations a token, then three passes over the assignments.
 
     Raises:
         TypeError, ValueError: a bad dtype, shape or range, naming the argument.
     """
-    _require_float("logits", logits)
-    if logits.dim() != 2:
-        raise ValueError(f"logits must be (tokens, experts), got shape {tuple(logits.shape)}")
+    check_tensor("moe_route", "logits", logits, ("tokens", "experts"), (None, None), None)
     if not isinstance(top_k, int) or isinstance(top_k, bool):
-        raise TypeError(f"top_k must be an int, got {type(top_k).__name__}")
+        raise TypeError(f"moe_route: top_k: expected an int, got {type(top_k).__name__}")
     if not 1 <= top_k <= logits.shape[1]:
-        raise ValueError(f"top_k must be between 1 and the number of experts {logits.shape[1]}, got {top_k}")
-    backends.choose("moe_route", backend, {"reference": None})
-    return reference.moe_route(logits, top_k, renormalize)
+        raise ValueError(f"moe_route: top_k: expected 1 to {logits.shape[1]}, the number of experts, got {top_k}")
+    chosen = choose("moe_route", backend, _options("moe_route", logits, logits.shape[1], top_k))
+    if chosen == "reference":
+        return reference.moe_route(logits, top_k, renormalize)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return Routing(*_MoERoute.apply(logits, top_k, renormalize, chosen))
+    return Routing(*_ROUTE[chosen](logits, top_k, renormalize))
 
 
 def load_balancing_loss(routing: Routing | Sequence[Routing]) -> Tensor:
@@ -76,46 +89,167 @@ def moe_mlp(
         activation: swiglu (silu(gate) * up) | gelu (exact) | relu.
 
     Returns:
-        (tokens, d_out) in the dtype of x. Gradients for x, w_in, w_out and routing.weights.
+        (tokens, d_out) in the dtype of x. Gradients for x, w_in, w_out and routing.weights; a second derivative works
+        on `reference` and raises on the others. Under autocast the products are in autocast's dtype. Deterministic,
+        whatever the order of the tokens.
 
-    Cost: 2 * tokens * top_k * hidden * (2 d + d_out) operations for swiglu; on the CPU each expert runs on one
-    contiguous block of its tokens, elsewhere the reference runs every expert on every token.
+    Cost: 2 * tokens * top_k * hidden * (2 d + d_out) operations for swiglu, which bind it. On `cpu` each expert's
+    products are PyTorch's own on one contiguous segment of its tokens (no product of ours was faster there); up to 16
+    assignments instead run as matrix-vector products that read each needed expert once, and where every expert sees
+    every token nothing is gathered. Backward saves the preactivations, (tokens * top_k, rows of w_in), and no expert's
+    output.
 
     Raises:
         TypeError, ValueError: a bad dtype, shape, device or name, naming the argument.
     """
-    _require_float("x", x)
+    _check_mlp(x, routing, w_in, w_out, activation)
+    chosen = choose("moe_mlp", backend, _options("moe_mlp", x, w_in.shape[0], routing.weights.shape[1]))
+    if chosen == "reference":
+        return reference.moe_mlp(x, routing, w_in, w_out, activation)
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        narrow = torch.get_autocast_dtype(x.device.type)
+        x, w_in, w_out = x.to(narrow), w_in.to(narrow), w_out.to(narrow)
+    weights = routing.weights.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    indices = (routing.experts, routing.order, routing.offsets)
+    if torch.is_grad_enabled() and any_requires_grad(x, weights, w_in, w_out):
+        return _MoEMLP.apply(x, weights, *indices, w_in, w_out, activation, chosen).to(dtype)
+    return _MLP[chosen](x, weights, *indices, w_in, w_out, activation, False)[0].to(dtype)
+
+
+def _options(op: str, like: Tensor, experts: int, top_k: int) -> Mapping[str, Reason]:
+    options = dict(candidates(op, like))
+    options["cuda"] = "no CUDA C++ kernel is written for it; Triton's runs on GPUs"
+    if options["triton"] is None or callable(options["triton"]):
+        if like.dtype == torch.float64 and op == "moe_mlp":
+            options["triton"] = "its products have no float64"
+        elif experts > 256 or top_k > 16:
+            options["triton"] = f"it has up to 256 experts and top_k 16, and this call {experts} and {top_k}"
+    return options
+
+
+def _check_mlp(x, routing, w_in, w_out, activation) -> None:
+    op = "moe_mlp"
+    check_tensor(op, "x", x, ("tokens", "d"), (None, None), None)
+    tokens, d = x.shape
     if not isinstance(routing, Routing):
-        raise TypeError(f"routing must be a Routing from moe_route, got {type(routing).__name__}")
+        raise TypeError(f"{op}: routing: expected a Routing from moe_route, got {type(routing).__name__}")
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if x.dim() != 2:
-        raise ValueError(f"x must be (tokens, d), got shape {tuple(x.shape)}")
-    if routing.weights.shape[0] != x.shape[0]:
-        raise ValueError(f"routing is for {routing.weights.shape[0]} tokens, but x has {x.shape[0]}")
-    experts = routing.probabilities.shape[1]
-    for name, weight in (("w_in", w_in), ("w_out", w_out)):
-        if weight.dim() != 3 or weight.shape[0] != experts:
-            raise ValueError(f"{name} must be 3-D with {experts} experts first, got shape {tuple(weight.shape)}")
-        if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"{name} must have the dtype of x ({x.dtype}), got {weight.dtype}")
-        if weight.device != x.device:
-            raise ValueError(f"{name} must be on the device of x ({x.device}), got {weight.device}")
-    if w_in.shape[2] != x.shape[1]:
-        raise ValueError(f"w_in must take {x.shape[1]} features (the last size of x), got shape {tuple(w_in.shape)}")
-    hidden = w_out.shape[2]
-    rows = 2 * hidden if activation == "swiglu" else hidden
-    if w_in.shape[1] != rows:
-        raise ValueError(
-            f"w_in must have {rows} rows per expert for {activation} with w_out {tuple(w_out.shape)}, "
-            f"got shape {tuple(w_in.shape)}"
+        raise ValueError(f"{op}: activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    check_tensor(op, "routing.weights", routing.weights, ("tokens", "top_k"), (tokens, None), x.device)
+    check_tensor(op, "routing.probabilities", routing.probabilities, ("tokens", "experts"), (tokens, None), x.device)
+    top_k, experts = routing.weights.shape[1], routing.probabilities.shape[1]
+    sizes = {"experts": (tokens, top_k), "order": (tokens * top_k,), "offsets": (experts + 1,)}
+    for name, size in sizes.items():
+        index = getattr(routing, name)
+        if not isinstance(index, Tensor) or index.dtype != torch.int32:
+            raise TypeError(
+                f"{op}: routing.{name}: expected an int32 tensor, got {getattr(index, 'dtype', type(index))}"
+            )
+        if tuple(index.shape) != size or index.device != x.device:
+            raise ValueError(
+                f"{op}: routing.{name}: expected shape {size} on {x.device}, got {tuple(index.shape)} on {index.device}"
+            )
+    check_tensor(op, "w_out", w_out, ("experts", "d_out", "hidden"), (experts, None, None), x.device)
+    rows = (2 if activation == "swiglu" else 1) * w_out.shape[2]
+    axis = "2 * hidden" if activation == "swiglu" else "hidden"
+    check_tensor(op, "w_in", w_in, ("experts", axis, "d"), (experts, rows, d), x.device)
+    if not torch.is_autocast_enabled(x.device.type):
+        for name, weight in (("w_in", w_in), ("w_out", w_out)):
+            if weight.dtype != x.dtype:
+                raise TypeError(f"{op}: {name}: expected the dtype of x ({x.dtype}), got {weight.dtype}")
+
+
+class _MoERoute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, top_k, renormalize, backend):
+        weights, experts, probabilities, order, offsets = _ROUTE[backend](logits, top_k, renormalize)
+        ctx.save_for_backward(logits, weights, experts, probabilities)
+        ctx.renormalize, ctx.backend = renormalize, backend
+        ctx.mark_non_differentiable(experts, order, offsets)
+        ctx.set_materialize_grads(False)
+        return weights, experts, probabilities, order, offsets
+
+    @staticmethod
+    def backward(ctx, grad_weights, _experts, grad_probabilities, _order, _offsets):
+        gradient = first_derivative(
+            "moe_route", _ROUTE_BACKWARD[ctx.backend], grad_weights, grad_probabilities, *ctx.saved_tensors,
+            ctx.renormalize,
+        )  # fmt: skip
+        return gradient, None, None, None
+
+
+class _MoEMLP(torch.autograd.Function):
+    """Saved: the inputs and the preactivations."""
+
+    @staticmethod
+    def forward(ctx, x, weights, experts, order, offsets, w_in, w_out, activation, backend):
+        y, preactivation = _MLP[backend](x, weights, experts, order, offsets, w_in, w_out, activation, True)
+        ctx.save_for_backward(x, weights, experts, order, offsets, w_in, w_out, preactivation)
+        ctx.activation, ctx.backend = activation, backend
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        dx, dweights, dw_in, dw_out = first_derivative(
+            "moe_mlp", _MLP_BACKWARD[ctx.backend], grad_y, *ctx.saved_tensors, ctx.activation
         )
-    backends.choose("moe_mlp", backend, {"reference": None})
-    return reference.moe_mlp(x, routing, w_in, w_out, activation)
+        return dx, dweights, None, None, None, dw_in, dw_out, None, None
 
 
-def _require_float(name: str, value: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name} must be of a float dtype, got {value.dtype}")
+def _fake_route(logits, top_k, renormalize):
+    tokens, experts = logits.shape
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+    def indices(*sizes):
+        return logits.new_empty(sizes, dtype=torch.int32)
+
+    return (
+        logits.new_empty((tokens, top_k), dtype=dtype),
+        indices(tokens, top_k),
+        logits.new_empty((tokens, experts), dtype=dtype),
+        indices(tokens * top_k),
+        indices(experts + 1),
+    )
+
+
+def _fake_route_backward(grad_weights, grad_probabilities, logits, weights, experts, probabilities, renormalize):
+    return logits.new_empty(logits.shape)
+
+
+def _fake_mlp(x, weights, experts, order, offsets, w_in, w_out, activation, save):
+    preactivation = (order.shape[0], w_in.shape[1]) if save else (0,)
+    return x.new_empty((x.shape[0], w_out.shape[1])), x.new_empty(preactivation)
+
+
+def _fake_mlp_backward(grad_y, x, weights, experts, order, offsets, w_in, w_out, preactivation, activation):
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (x, weights, w_in, w_out))
+
+
+# The schemas of csrc/registration.cpp, for the ops that Triton's launchers become; a test compares the two.
+SCHEMAS = (
+    "moe_route(Tensor logits, int top_k, bool renormalize) "
+    "-> (Tensor weights, Tensor experts, Tensor probabilities, Tensor order, Tensor offsets)",
+    "moe_route_backward(Tensor? grad_weights, Tensor? grad_probabilities, Tensor logits, Tensor weights, "
+    "Tensor experts, Tensor probabilities, bool renormalize) -> Tensor",
+    "moe_mlp(Tensor x, Tensor weights, Tensor experts, Tensor order, Tensor offsets, Tensor w_in, Tensor w_out, "
+    "str activation, bool save) -> (Tensor y, Tensor preactivation)",
+    "moe_mlp_backward(Tensor grad_y, Tensor x, Tensor weights, Tensor experts, Tensor order, Tensor offsets, "
+    "Tensor w_in, Tensor w_out, Tensor preactivation, str activation) "
+    "-> (Tensor dx, Tensor dweights, Tensor dw_in, Tensor dw_out)",
+)
+_ROUTER, _PRODUCTS = "jambatalk_kernels.moe.triton_route", "jambatalk_kernels.moe.triton_mlp"
+
+_ROUTE = {"triton": TritonOp(SCHEMAS[0], _ROUTER, "route_forward", _fake_route)}
+_ROUTE_BACKWARD = {"triton": TritonOp(SCHEMAS[1], _ROUTER, "route_backward", _fake_route_backward)}
+_MLP = {"triton": TritonOp(SCHEMAS[2], _PRODUCTS, "mlp_forward", _fake_mlp)}
+_MLP_BACKWARD = {"triton": TritonOp(SCHEMAS[3], _PRODUCTS, "mlp_backward", _fake_mlp_backward)}
+if native_library()[0]:
+    torch.library.register_fake("jambatalk::moe_route", _fake_route)
+    torch.library.register_fake("jambatalk::moe_route_backward", _fake_route_backward)
+    torch.library.register_fake("jambatalk::moe_mlp", _fake_mlp)
+    torch.library.register_fake("jambatalk::moe_mlp_backward", _fake_mlp_backward)
+    _ROUTE["cpu"] = torch.ops.jambatalk.moe_route.default
+    _ROUTE_BACKWARD["cpu"] = torch.ops.jambatalk.moe_route_backward.default
+    _MLP["cpu"] = torch.ops.jambatalk.moe_mlp.default
+    _MLP_BACKWARD["cpu"] = torch.ops.jambatalk.moe_mlp_backward.default

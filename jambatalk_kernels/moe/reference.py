@@ -25,8 +25,8 @@ class Routing(NamedTuple):
     weights: Tensor  # (tokens, top_k) float32 (float64 for float64 logits): the factor of each chosen expert's output
     experts: Tensor  # (tokens, top_k) int32: the chosen experts, the most probable first
     probabilities: Tensor  # (tokens, experts), dtype of weights: the softmax over all experts
-    order: Tensor  # (tokens * top_k,) int64: assignments sorted by expert, stable
-    offsets: Tensor  # (experts + 1,) int64: the assignments of expert e are order[offsets[e]:offsets[e + 1]]
+    order: Tensor  # (tokens * top_k,) int32: assignments sorted by expert, stable
+    offsets: Tensor  # (experts + 1,) int32: the assignments of expert e are order[offsets[e]:offsets[e + 1]]
 
 
 def moe_route(logits: Tensor, top_k: int, renormalize: bool = False) -> Routing:
@@ -41,7 +41,7 @@ def moe_route(logits: Tensor, top_k: int, renormalize: bool = False) -> Routing:
     order = flat.argsort(stable=True)
     per_expert = (flat[:, None] == torch.arange(experts, device=flat.device)).sum(0)
     offsets = torch.cat([per_expert.new_zeros(1), per_expert.cumsum(0)])
-    return Routing(weights, chosen.to(torch.int32), probabilities, order, offsets)
+    return Routing(weights, chosen.int(), probabilities, order.int(), offsets.int())
 
 
 def load_balancing_loss(routing: Routing) -> Tensor:
@@ -89,8 +89,7 @@ def moe_mlp_grouped(x: Tensor, routing: Routing, w_in: Tensor, w_out: Tensor, ac
     if not blocks:
         return moe_mlp_dense(x, routing, w_in, w_out, activation)  # no tokens; keeps the graph connected
     # Back to assignment order, then the top_k terms of a token are added in a fixed order: deterministic.
-    position = torch.empty_like(routing.order)
-    position[routing.order] = torch.arange(routing.order.numel(), device=x.device)
+    position = routing.order.argsort()
     per_assignment = torch.cat(blocks).index_select(0, position).view(tokens, top_k, -1)
     return (per_assignment * routing.weights[..., None]).sum(1).to(x.dtype)
 

@@ -35,7 +35,7 @@ def test_json_from_the_command_line():
         assert facts["native"]["instruction_set"] in ("avx512", "avx2", "plain")
         assert "GCC" in facts["native"]["compiler"] or "lang" in facts["native"]["compiler"]
         assert facts["ops"]["selective_scan"]["cpu_tensors"] == "cpu"
-    assert facts["ops"]["moe_mlp"]["cpu_tensors"] == "reference"
+    assert facts["ops"]["rope_attention"]["cpu_tensors"] == "reference"
     assert facts["ops"]["selective_scan"]["written_for"] == ["cpu", "triton", "cuda", "reference"]
 
 
