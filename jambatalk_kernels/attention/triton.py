@@ -1,0 +1,422 @@
+"""Triton kernels of `rope_attention`, forward and backward, in the flash style.
+
+    q'_i = rotate(q_i, i),   k'_j = rotate(k_j, j)          rotate per pair: (a, b) -> (a c - b s, a s + b c)
+    s_ij = scale q'_i . k'_j,   p_ij = softmax over the visible j,   y_i = sum over j of p_ij v_j
+
+    backward   delta_i = <dy_i, y_i>,   ds_ij = p_ij (<dy_i, v_j> - delta_i)
+               dv_j = sum over i of p_ij dy_i,   dk'_j = scale sum over i of ds_ij q'_i
+               dq'_i = scale sum over j of ds_ij k'_j
+               of a pair:  da = c da' + s db',  db = c db' - s da',  dc = a da' + b db',  ds = a db' - b da'
+
+Every mask here lets position i see an interval of keys, and both its ends grow with i: so a tile of queries meets
+tiles of keys that it sees in part, then some that it sees as a whole (no mask is computed), then again some in part.
+Keys outside are never read. The same holds for the queries that see a tile of keys.
+
+The query heads of a group are rows of one tile, position by position, so keys and values are read once per group. The
+keys are rotated once, in a launch of their own, into a contiguous copy in their dtype (as the reference rounds them),
+except for very short clips, where each tile of queries rotates what it loads. Rotated features stand pair by pair,
+whatever the pairs were: a product does not see their order. Nothing assumes a norm of (cos, sin).
+
+Saved: y and the logsumexp of each row, natural, float32; -inf where a row saw nothing (its y and gradients are zero).
+Every sum has a fixed order and nothing is added by atomics: dk and dv by programs that own keys (where these are too
+few, by some per group of heads, whose parts are added in order), dq by programs that own queries, dcos and dsin in a
+last pass over positions, heads in order, which also turns dq' and dk' back.
+
+float32, bfloat16 and float16, sums in float32; float32 products are IEEE unless torch allows TF32. float64: refused.
+
+Cost: 4 * heads * head_dim operations forward and 14 backward per visible pair (7 products of which two compute s and
+<dy, v> a second time), bound by the matrix units from about 1000 positions on and by launches below. Bytes: q, k, v
+and y once, keys and values once more for each tile of rows, from L2. Source: kernels.md 1.6; FlashAttention-2
+(arXiv 2307.08691) for the order of the loops.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from jambatalk_kernels.attention import heuristics
+from jambatalk_kernels.attention.heuristics import Device
+from jambatalk_kernels.moe.interpreter import dot, rounded
+
+__all__ = ["attention_forward"]
+
+_LOG2_E = 1.4426950408889634
+_LN_2 = tl.constexpr(0.6931471805599453)
+_LOG2E = tl.constexpr(_LOG2_E)
+
+
+# ---- pieces ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load_pairs(rows, stride, inside, half, INTERLEAVED: tl.constexpr, BLOCK_H: tl.constexpr):
+    """rows: pointers to the first feature of each. -> the pairs' first and second members, float32."""
+    if INTERLEAVED:
+        f = tl.arange(0, 2 * BLOCK_H)
+        x = tl.load(rows[:, None] + f[None, :] * stride, mask=inside[:, None] & (f < 2 * half)[None, :], other=0.0)
+        a, b = tl.split(tl.reshape(x, (x.shape[0], BLOCK_H, 2)))
+    else:
+        f = tl.arange(0, BLOCK_H)
+        held = inside[:, None] & (f < half)[None, :]
+        a = tl.load(rows[:, None] + f[None, :] * stride, mask=held, other=0.0)
+        b = tl.load(rows[:, None] + (half + f)[None, :] * stride, mask=held, other=0.0)
+    return a.to(tl.float32), b.to(tl.float32)
+
+
+@triton.jit
+def _together(a, b):
+    """Pair by pair in one tile."""
+    return tl.reshape(tl.join(a, b), (a.shape[0], 2 * a.shape[1]))
+
+
+@triton.jit
+def _load_table(table, strides, position, head, inside, half, BLOCK_H: tl.constexpr):
+    f = tl.arange(0, BLOCK_H)
+    at = position.to(tl.int64)[:, None] * strides[1] + head * strides[2] + f[None, :] * strides[3]
+    return tl.load(table + at, mask=inside[:, None] & (f < half)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_rotated(
+    rows, stride, cos, cos_strides, sin, sin_strides, position, head, inside, half,
+    INTERLEAVED: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    a, b = _load_pairs(rows, stride, inside, half, INTERLEAVED, BLOCK_H)
+    c = _load_table(cos, cos_strides, position, head, inside, half, BLOCK_H)
+    s = _load_table(sin, sin_strides, position, head, inside, half, BLOCK_H)
+    return rounded(_together(a * c - b * s, a * s + b * c), rows.dtype.element_ty)
+
+
+@triton.jit
+def _load_rows(rows, stride, inside, features, MASKED: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A tile of rows; without MASKED all are inside, with EVEN_D all features are."""
+    f = tl.arange(0, BLOCK_D)
+    pointers = rows[:, None] + f[None, :] * stride
+    if MASKED:
+        if EVEN_D:
+            return tl.load(pointers, mask=inside[:, None], other=0.0)
+        else:
+            return tl.load(pointers, mask=inside[:, None] & (f < features)[None, :], other=0.0)
+    elif EVEN_D:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=(f < features)[None, :], other=0.0)
+
+
+@triton.jit
+def _visible_keys(
+    position, starts, stops, length, window,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """-> the first key that each position sees and the one after the last."""
+    if PACKED:
+        low = tl.load(starts + position)
+        high = tl.load(stops + position)
+    else:
+        low = tl.zeros_like(position)
+        high = low + length
+    if CAUSAL:
+        high = tl.minimum(high, position + 1)
+    if WINDOW:
+        low = tl.maximum(low, position - window + 1)
+    return low, high
+
+
+@triton.jit
+def _seeing_queries(
+    position, starts, stops, length, window,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """-> the first query that sees each position and the one after the last."""
+    if PACKED:
+        low = tl.load(starts + position)
+        high = tl.load(stops + position)
+    else:
+        low = tl.zeros_like(position)
+        high = low + length
+    if CAUSAL:
+        low = tl.maximum(low, position)
+    if WINDOW:
+        high = tl.minimum(high, position + tl.minimum(window, length))
+    return low, high
+
+
+# ---- around the products --------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _packing_kernel(cu_seqlens, starts, stops, bounds, length, BLOCK: tl.constexpr):
+    """The sequence of each packed position: its first position and the one after its last. What stands before the
+    first bound or after the last is a sequence too, as in the reference."""
+    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    start = tl.zeros((BLOCK,), tl.int32)
+    stop = tl.full((BLOCK,), 0, tl.int32) + length
+    bound = 0
+    for i in range(bounds):
+        bound = tl.maximum(bound, tl.minimum(tl.load(cu_seqlens + i), length))
+        start = tl.where(bound <= position, bound, start)
+        stop = tl.where(bound > position, tl.minimum(stop, bound), stop)
+    tl.store(starts + position, start, mask=position < length)
+    tl.store(stops + position, stop, mask=position < length)
+
+
+@triton.jit
+def _rotate_kernel(
+    x, cos, sin, rotated, y, grad_y, delta, length, heads, half, tiles,
+    x_b, x_t, x_h, x_d, cos_b, cos_t, cos_h, cos_d, sin_b, sin_t, sin_h, sin_d, grad_b, grad_t, grad_h, grad_d,
+    GROUP: tl.constexpr, INTERLEAVED: tl.constexpr, DELTA: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """rotated (batch, length, heads, head_dim), contiguous, pair by pair; with DELTA also <y, grad_y> per row."""
+    program = tl.program_id(0)
+    head = program // tiles % heads
+    batch = (program // tiles // heads).to(tl.int64)
+    position = program % tiles * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside = position < length
+    rows = x + batch * x_b + head.to(tl.int64) * x_h + position.to(tl.int64) * x_t
+    value = _load_rotated(
+        rows, x_d, cos + batch * cos_b, (cos_b, cos_t, cos_h, cos_d), sin + batch * sin_b, (sin_b, sin_t, sin_h, sin_d),
+        position, (head // GROUP).to(tl.int64), inside, half, INTERLEAVED, BLOCK_H,
+    )  # fmt: skip
+    f = tl.arange(0, 2 * BLOCK_H)
+    held = inside[:, None] & (f < 2 * half)[None, :]
+    at = ((batch * length + position) * heads + head)[:, None] * (2 * half) + f[None, :]
+    tl.store(rotated + at, value, mask=held)
+    if DELTA:
+        rows = grad_y + batch * grad_b + head.to(tl.int64) * grad_h
+        rows = rows + position.to(tl.int64) * grad_t
+        grad = tl.load(rows[:, None] + f[None, :] * grad_d, mask=held, other=0.0).to(tl.float32)
+        product = grad * tl.load(y + at, mask=held, other=0.0).to(tl.float32)
+        tl.store(delta + (batch * heads + head) * length + position, tl.sum(product, 1), mask=inside)
+
+
+# ---- forward --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _forward_tiles(
+    queries, total, maximum, normalizer, low, high, begin, end,
+    k, v, cos, sin, kv_head, length, half, scale, k_strides, v_strides, cos_strides, sin_strides,
+    MASKED: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over the tiles of keys begin, begin + BLOCK_N, ... < end."""
+    n = tl.arange(0, BLOCK_N)
+    k_offsets = n.to(tl.int64) * k_strides[1]
+    v_offsets = n.to(tl.int64) * v_strides[1]
+    for start in range(begin, end, BLOCK_N):
+        first = tl.cast(start, tl.int64)
+        key = start + n
+        inside = key < length
+        k_rows = k + first * k_strides[1] + k_offsets
+        if ROTATE:
+            keys = _load_rotated(
+                k_rows, k_strides[3], cos, cos_strides, sin, sin_strides, key, kv_head, inside, half,
+                INTERLEAVED, BLOCK_D // 2,
+            )  # fmt: skip
+        else:
+            keys = _load_rows(k_rows, k_strides[3], inside, 2 * half, MASKED, EVEN_D, BLOCK_D)
+        scores = tl.zeros((queries.shape[0], BLOCK_N), tl.float32)
+        scores = dot(queries, tl.trans(keys), scores, PRECISION) * scale
+        if MASKED:
+            seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
+            scores = tl.where(seen, scores, -float("inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+        if MASKED:  # a row may have seen nothing so far
+            shift = tl.where(new_maximum == -float("inf"), 0.0, new_maximum)
+        else:
+            shift = new_maximum
+        shrink = tl.exp2(maximum - shift)
+        weights = tl.exp2(scores - shift[:, None])
+        normalizer = normalizer * shrink + tl.sum(weights, 1)
+        total = total * shrink[:, None]
+        values = _load_rows(
+            v + first * v_strides[1] + v_offsets, v_strides[3], inside, 2 * half, MASKED, EVEN_D, BLOCK_D
+        )
+        total = dot(rounded(weights, values.dtype), values, total, PRECISION)
+        maximum = new_maximum
+    return total, maximum, normalizer
+
+
+@triton.jit
+def _forward_kernel(
+    q, k, v, cos, sin, starts, stops, y, logsumexp,
+    length, kv_heads, half, groups, tiles, window, scale,
+    q_b, q_t, q_h, q_d, k_b, k_t, k_h, k_d, v_b, v_t, v_h, v_d,
+    cos_b, cos_t, cos_h, cos_d, sin_b, sin_t, sin_h, sin_d,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, ROTATE: tl.constexpr,
+    INTERLEAVED: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """scale is in units of log2. Without ROTATE, k is already rotated, pair by pair."""
+    k_strides = (k_b, k_t, k_h, k_d)
+    v_strides = (v_b, v_t, v_h, v_d)
+    cos_strides = (cos_b, cos_t, cos_h, cos_d)
+    sin_strides = (sin_b, sin_t, sin_h, sin_d)
+    program = tl.program_id(0)
+    tile = tiles - 1 - program // groups  # the tiles with the most keys start first
+    batch = (program % groups // kv_heads).to(tl.int64)
+    kv_head = (program % groups % kv_heads).to(tl.int64)
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = row < length * GROUP
+    row = tl.minimum(row, length * GROUP - 1)
+    position = row // GROUP
+    head = kv_head * GROUP + row % GROUP
+    cos += batch * cos_strides[0]
+    sin += batch * sin_strides[0]
+    rows = q + batch * q_b + position.to(tl.int64) * q_t + head * q_h
+    queries = _load_rotated(
+        rows, q_d, cos, cos_strides, sin, sin_strides, position, kv_head, inside, half,
+        INTERLEAVED, BLOCK_D // 2,
+    )  # fmt: skip
+    k += batch * k_strides[0] + kv_head * k_strides[2]
+    v += batch * v_strides[0] + kv_head * v_strides[2]
+    low, high = _visible_keys(position, starts, stops, length, window, CAUSAL, WINDOW, PACKED)
+    begin = tl.min(low, 0) // BLOCK_N * BLOCK_N
+    end = tl.max(high, 0)
+    whole = tl.cdiv(tl.max(low, 0), BLOCK_N) * BLOCK_N
+    whole_end = tl.min(high, 0) // BLOCK_N * BLOCK_N
+    total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    maximum = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    normalizer = tl.zeros((BLOCK_M,), tl.float32)
+    if WINDOW or PACKED:
+        total, maximum, normalizer = _forward_tiles(
+            queries, total, maximum, normalizer, low, high, begin, tl.minimum(whole, end),
+            k, v, cos, sin, kv_head, length, half, scale, k_strides, v_strides, cos_strides, sin_strides,
+            True, ROTATE, INTERLEAVED, PRECISION, EVEN_D, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    total, maximum, normalizer = _forward_tiles(
+        queries, total, maximum, normalizer, low, high, whole, whole_end,
+        k, v, cos, sin, kv_head, length, half, scale, k_strides, v_strides, cos_strides, sin_strides,
+        False, ROTATE, INTERLEAVED, PRECISION, EVEN_D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    total, maximum, normalizer = _forward_tiles(
+        queries, total, maximum, normalizer, low, high, tl.maximum(whole, whole_end), end,
+        k, v, cos, sin, kv_head, length, half, scale, k_strides, v_strides, cos_strides, sin_strides,
+        True, ROTATE, INTERLEAVED, PRECISION, EVEN_D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    nothing = normalizer == 0.0
+    normalizer = tl.where(nothing, 1.0, normalizer)
+    f = tl.arange(0, BLOCK_D)
+    at = (batch * length + position) * (kv_heads * GROUP) + head
+    tl.store(
+        y + at[:, None] * (2 * half) + f[None, :],
+        rounded(total / normalizer[:, None], y.dtype.element_ty),
+        mask=inside[:, None] & (f < 2 * half)[None, :],
+    )
+    if SAVE:
+        value = tl.where(nothing, -float("inf"), (maximum + tl.log2(normalizer)) * _LN_2)
+        tl.store(logsumexp + (batch * kv_heads * GROUP + head) * length + position, value, mask=inside)
+
+
+# ---- launchers ------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _device(index: int) -> Device:
+    if index < 0:
+        return Device((8, 0), 108)  # in the interpreter: an A100
+    properties = torch.cuda.get_device_properties(index)
+    return Device((properties.major, properties.minor), properties.multi_processor_count)
+
+
+def _precision(x: Tensor) -> str:
+    return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def _check(q: Tensor) -> None:
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"rope_attention: the Triton kernels take float32, bfloat16 and float16, got q of {q.dtype}")
+    if q.shape[-1] > heuristics.MAX_HEAD_DIM:
+        raise ValueError(
+            f"rope_attention: the Triton kernels take head_dim up to {heuristics.MAX_HEAD_DIM}, got {q.shape[-1]}"
+        )
+    if q.shape[1] * q.shape[2] >= 2**30:
+        raise ValueError(f"rope_attention: length * heads must be less than 2**30, got {q.shape[1]} * {q.shape[2]}")
+
+
+def _per_head(table: Tensor, batch: int, kv_heads: int) -> Tensor:
+    """(batch, length, kv_heads, head_dim / 2), a view."""
+    if table.dim() == 2:
+        table = table[:, None]
+    return table.expand(batch, -1, kv_heads, -1)
+
+
+def _packing(cu_seqlens: Tensor | None, length: int) -> tuple[Tensor | None, Tensor | None]:
+    if cu_seqlens is None:
+        return None, None
+    cu_seqlens = cu_seqlens.contiguous()
+    starts, stops = cu_seqlens.new_empty(2, length).unbind()
+    _packing_kernel[(triton.cdiv(length, 128),)](
+        cu_seqlens, starts, stops, cu_seqlens.numel(), length, BLOCK=128, num_warps=4
+    )
+    return starts, stops
+
+
+def _rotate(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    group: int,
+    y: Tensor | None = None,
+    grad: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """-> x rotated, pair by pair, contiguous; and with y and its gradient their products (batch, heads, length)."""
+    batch, length, heads, head_dim = x.shape
+    rotated = x.new_empty(x.shape)
+    delta = None if y is None else x.new_empty(batch, heads, length, dtype=torch.float32)
+    block = heuristics.rotation_rows(head_dim, length)
+    tiles = triton.cdiv(length, block)
+    _rotate_kernel[(tiles * heads * batch,)](
+        x, cos, sin, rotated, y, grad, delta, length, heads, head_dim // 2, tiles,
+        *x.stride(), *cos.stride(), *sin.stride(), *((0,) * 4 if grad is None else grad.stride()),
+        GROUP=group, INTERLEAVED=interleaved, DELTA=y is not None,
+        BLOCK_T=block, BLOCK_H=heuristics.padded_head_dim(head_dim) // 2, num_warps=4,
+    )  # fmt: skip
+    return rotated, delta
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    interleaved: bool,
+    cu_seqlens: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """-> y, contiguous, and with `save` the logsumexp (batch, heads, length) float32, else an empty tensor."""
+    _check(q)
+    batch, length, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    y = q.new_empty(q.shape)
+    logsumexp = q.new_empty((batch, heads, length) if save else (0,), dtype=torch.float32)
+    if q.numel() == 0:
+        return y, logsumexp
+    group, groups = heads // kv_heads, batch * kv_heads
+    cos, sin = _per_head(cos, batch, kv_heads), _per_head(sin, batch, kv_heads)
+    plan = heuristics.forward_plan(length, group, groups, head_dim, q.element_size(), _device(q.get_device()))
+    if not plan.rotate_on_load:
+        k, _ = _rotate(k, cos, sin, interleaved, 1)
+    starts, stops = _packing(cu_seqlens, length)
+    tiles = triton.cdiv(length * group, plan.tile.block_m)
+    block_d = heuristics.padded_head_dim(head_dim)
+    _forward_kernel[(tiles * groups,)](
+        q, k, v, cos, sin, starts, stops, y, logsumexp,
+        length, kv_heads, head_dim // 2, groups, tiles, 0 if window is None else min(window, length), scale * _LOG2_E,
+        *q.stride(), *k.stride(), *v.stride(), *cos.stride(), *sin.stride(),
+        GROUP=group, CAUSAL=causal, WINDOW=window is not None and window < length, PACKED=cu_seqlens is not None,
+        ROTATE=plan.rotate_on_load, INTERLEAVED=interleaved, SAVE=save, PRECISION=_precision(q),
+        EVEN_D=block_d == head_dim, BLOCK_M=plan.tile.block_m, BLOCK_N=plan.tile.block_n, BLOCK_D=block_d,
+        num_warps=plan.tile.num_warps, num_stages=plan.tile.num_stages,
+    )  # fmt: skip
+    return y, logsumexp

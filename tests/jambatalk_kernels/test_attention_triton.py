@@ -1,0 +1,193 @@
+"""The Triton attention kernels against the definition, in the interpreter or, with a card, on it."""
+
+import itertools
+
+import gpu_code
+import pytest
+import torch
+
+from jambatalk_kernels.attention import heuristics, reference
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+from jambatalk_kernels.attention import triton as kernels  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_compiler = pytest.mark.skipif(gpu_code.missing_tools() is not None, reason=str(gpu_code.missing_tools()))
+
+BAR = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE, dtype)
+
+
+def table_shape(kind, batch, length, kv_heads, half):
+    return {
+        "positions": (length, half),
+        "heads": (length, kv_heads, half),
+        "sequences": (batch, length, 1, half),
+        "all": (batch, length, kv_heads, half),
+    }[kind]
+
+
+def make(batch, length, heads, kv_heads, head_dim, dtype=torch.float32, table="positions"):
+    """Tables that are no rotation at all: nothing may assume a norm."""
+    q = normal(batch, length, heads, head_dim, seed=1, dtype=dtype)
+    k, v = (normal(batch, length, kv_heads, head_dim, seed=s, dtype=dtype) for s in (2, 3))
+    shape = table_shape(table, batch, length, kv_heads, head_dim // 2)
+    cos, sin = (normal(*shape, seed=s, dtype=torch.float32) for s in (4, 5))
+    return q, k, v, cos, sin
+
+
+def options(causal=True, window=None, scale=None, interleaved=False, cu_seqlens=None, head_dim=None):
+    if cu_seqlens is not None:
+        cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32, device=DEVICE)
+    return causal, window, head_dim**-0.5 if scale is None else scale, interleaved, cu_seqlens
+
+
+def rms_ratio(got, want):
+    got, want = got.double(), want.double()
+    return ((got - want).square().mean().sqrt() / want.square().mean().sqrt().clamp_min(1e-300)).item()
+
+
+def assert_accurate(got, exact, peer, bar, name="y"):
+    assert got.shape == exact.shape, name
+    rounding = rms_ratio(exact.to(got.dtype), exact)
+    mine, theirs = rms_ratio(got, exact), rms_ratio(peer, exact)
+    assert mine <= 2 * theirs + 2 * rounding, (name, mine, theirs)
+    assert mine <= max(bar, 2 * rounding), (name, mine)
+
+
+CASES = [  # (batch, length, heads, kv_heads, head_dim), table, options
+    ((2, 11, 4, 2, 6), "positions", dict()),
+    ((1, 37, 3, 1, 16), "heads", dict(interleaved=True)),
+    ((2, 40, 2, 2, 20), "all", dict(causal=False)),
+    ((2, 33, 2, 1, 16), "sequences", dict(window=5)),
+    ((1, 70, 4, 1, 16), "positions", dict(window=33, interleaved=True)),
+    ((1, 41, 2, 1, 8), "positions", dict(cu_seqlens=[0, 5, 5, 30, 41])),
+    ((1, 41, 2, 2, 8), "heads", dict(cu_seqlens=[3, 9, 40], window=4)),
+    ((1, 41, 2, 1, 8), "positions", dict(cu_seqlens=[0, 17, 41], causal=False, interleaved=True)),
+    ((1, 17, 2, 1, 16), "positions", dict(window=100, scale=0.7)),
+    ((1, 1, 8, 1, 64), "positions", dict()),
+]
+FEW, MANY = heuristics.Device((8, 0), 1), heuristics.Device((8, 9), 10_000)  # large tiles, small tiles
+
+
+@pytest.mark.parametrize("device", [FEW, MANY], ids=["large tiles", "small tiles"])
+@pytest.mark.parametrize("shape, table, choice", CASES, ids=str)
+def test_forward(shape, table, choice, device, monkeypatch):
+    monkeypatch.setattr(kernels, "_device", lambda _: device)
+    inputs = make(*shape, table=table)
+    masks = options(**choice, head_dim=shape[-1])
+    y, logsumexp = kernels.attention_forward(*inputs, *masks, True)
+    exact = reference.rope_attention(*(t.double() for t in inputs), *masks, None)
+    assert_accurate(y, exact, reference.rope_attention(*inputs, *masks, None), 1e-5)
+    assert y.is_contiguous() and y.dtype == inputs[0].dtype
+    # exp(logsumexp) is the sum that the weights were divided by: attention to v = 1 in the visible keys only.
+    assert logsumexp.shape == (shape[0], shape[2], shape[1]) and logsumexp.isfinite().all()
+    torch.testing.assert_close(logsumexp, naive_logsumexp(*inputs[:2], *inputs[3:], *masks), rtol=2e-5, atol=2e-5)
+
+
+def naive_logsumexp(q, k, cos, sin, causal, window, scale, interleaved, cu_seqlens):
+    q, k, cos, sin = (t.double() for t in (q, k, cos, sin))
+    if cos.dim() == 2:
+        cos, sin = cos[:, None], sin[:, None]
+    q, k = reference.rotate_grouped(q, k, cos, sin, interleaved)
+    scores = scale * torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(q.shape[2] // k.shape[2], 2))
+    i = torch.arange(q.shape[1], device=q.device)[:, None]
+    j = i.T
+    seen = (j <= i) if causal else torch.ones_like(i == j)
+    if window is not None:
+        seen &= j > i - window
+    if cu_seqlens is not None:
+        sequence = torch.searchsorted(cu_seqlens.long(), i.flatten(), right=True)
+        seen &= sequence[:, None] == sequence[None]
+    return scores.masked_fill(~seen, -torch.inf).logsumexp(-1).float()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 33, 4, 2, 32), (1, 5, 2, 1, 256)], ids=str)
+def test_forward_in_half_precision(shape, dtype):
+    inputs = make(*shape, dtype=dtype)
+    masks = options(head_dim=shape[-1])
+    y, empty = kernels.attention_forward(*inputs, *masks, False)
+    exact = reference.rope_attention(*(t.double() for t in inputs), *masks, None)
+    assert y.dtype == dtype and empty.shape == (0,)
+    assert_accurate(y, exact, reference.rope_attention(*inputs, *masks, None), BAR[dtype])
+
+
+@pytest.mark.parametrize("device", [FEW, MANY], ids=["large tiles", "small tiles"])
+def test_forward_takes_any_strides(device, monkeypatch):
+    monkeypatch.setattr(kernels, "_device", lambda _: device)
+    inputs = make(2, 20, 4, 2, 12, table="all")
+    masks = options(head_dim=12, window=9)
+    y, _ = kernels.attention_forward(*inputs, *masks, True)
+
+    def elsewhere(t):
+        """The same numbers with the last dimension first in memory, every other one of a wider tensor."""
+        wide = torch.full((*t.movedim(-1, 0).shape, 2), torch.nan, device=t.device)
+        wide[..., 1] = t.movedim(-1, 0)
+        return wide[..., 1].movedim(0, -1)
+
+    moved, _ = kernels.attention_forward(*(elsewhere(t) for t in inputs), *masks, True)
+    assert rms_ratio(moved, y) < 1e-6
+    q, k, v, cos, sin = inputs
+    expanded = (q, k[:1].expand_as(k), v[:, :, :1].expand_as(v), cos, sin)
+    y, _ = kernels.attention_forward(*expanded, *masks, True)
+    copied, _ = kernels.attention_forward(*(t.contiguous() for t in expanded), *masks, True)
+    assert torch.equal(y, copied)
+
+
+def test_packing_clamps_its_bounds():
+    """As bounds are read on the device, bad ones must not lead out of the sequence; they become a running maximum."""
+    inputs = make(1, 20, 2, 1, 8)
+    bad, good = [-3, 7, 5, 99], [0, 7, 7, 20]
+    got, want = (kernels.attention_forward(*inputs, *options(cu_seqlens=c, head_dim=8), True)[0] for c in (bad, good))
+    assert torch.equal(got, want)
+
+
+def test_forward_of_nothing_and_refusals():
+    for shape in ((0, 3, 2, 1, 8), (2, 0, 2, 1, 8)):
+        inputs = make(*shape)
+        y, logsumexp = kernels.attention_forward(*inputs, *options(head_dim=8), True)
+        assert y.shape == shape[:2] + (2, 8) and logsumexp.numel() == 0
+    with pytest.raises(TypeError, match="float64"):
+        kernels.attention_forward(*make(1, 3, 2, 1, 8, dtype=torch.float64), *options(head_dim=8), True)
+    with pytest.raises(ValueError, match="head_dim up to 256"):
+        kernels.attention_forward(*make(1, 3, 2, 1, 258), *options(head_dim=8), True)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, in the interpreter
+def test_what_is_not_finite_stays_with_those_who_see_it():
+    q, k, v, cos, sin = make(1, 40, 2, 1, 8)
+    k[0, 20] = torch.nan
+    y, _ = kernels.attention_forward(q, k, v, cos, sin, *options(head_dim=8, window=6), True)
+    seen = torch.zeros(40, dtype=torch.bool, device=DEVICE)
+    seen[20:26] = True
+    assert y[0, seen].isnan().all() and y[0, ~seen].isfinite().all()
+
+
+# ---- tiles ----------------------------------------------------------------------------------------------------------
+
+CAPABILITIES = {(8, 0): 80, (8, 6): 86, (8, 9): 89, (9, 0): 90, (10, 0): 100, (12, 0): 120}
+LENGTHS = (1, 7, 97, 600, 4096, 100_000)
+HEAD_DIMS = (2, 16, 20, 64, 80, 128, 256)
+
+
+def powers_of_two(*sizes):
+    return all(size >= 16 and size & (size - 1) == 0 for size in sizes)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
+def test_forward_tiles_fit_every_gpu(capability):
+    device = heuristics.Device(capability, 100)
+    limit = gpu_code.SHARED_LIMIT[CAPABILITIES[capability]]
+    for length, head_dim, itemsize in itertools.product(LENGTHS, HEAD_DIMS, (2, 4)):
+        for group, groups in ((1, 1), (1, 64), (3, 2), (8, 1)):
+            tile, on_load = heuristics.forward_plan(length, group, groups, head_dim, itemsize, device)
+            width = heuristics.padded_head_dim(head_dim)
+            assert powers_of_two(tile.block_m, tile.block_n, width)
+            assert itemsize * width * (tile.block_m + 2 * tile.block_n * tile.num_stages) <= limit
+            assert tile.block_m * (width + tile.block_n) <= 128 * 32 * tile.num_warps * 1.5
+            assert on_load == (-(-length * group // tile.block_m) <= 2)
