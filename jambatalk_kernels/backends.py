@@ -98,7 +98,8 @@ def _why_no_interpreter() -> str | None:
     """Triton's kernels run on CPU tensors in its interpreter only, which tests use."""
     if not _TRITON_IS_INSTALLED:
         return "triton is not installed"
-    triton = sys.modules.get("triton")
+    # What triton took from the environment, once it is imported; a compiler that traces cannot look into it.
+    triton = None if torch.compiler.is_compiling() else sys.modules.get("triton")
     interprets = triton.knobs.runtime.interpret if triton else os.environ.get("TRITON_INTERPRET", "0") == "1"
     return None if interprets else "the inputs are on the CPU (TRITON_INTERPRET=1 would interpret the kernels there)"
 

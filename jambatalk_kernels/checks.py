@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["FLOATS", "check_cu_seqlens", "check_tensor", "values_are_checked"]
+__all__ = ["FLOATS", "check_cu_seqlens", "check_flag", "check_tensor", "values_are_checked"]
 
 FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
@@ -38,12 +38,20 @@ def check_tensor(
     ):
         wanted = ", ".join(axis if size is None else f"{axis}={size}" for axis, size in zip(axes, sizes, strict=False))
         raise ValueError(f"{op}: {name}: expected shape ({wanted}), got {shape}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout)
+        raise TypeError(f"{op}: {name}: expected a dense tensor, got a {kind} one")
     if value.dtype not in FLOATS:
         raise TypeError(
             f"{op}: {name}: expected a float dtype (float32, float64, bfloat16, float16), got {value.dtype}"
         )
     if device is not None and value.device != device:
         raise ValueError(f"{op}: {name}: expected device {device}, got {value.device}")
+
+
+def check_flag(op: str, name: str, value: object) -> None:
+    if value is not True and value is not False:
+        raise TypeError(f"{op}: {name}: expected a bool, got {type(value).__name__}")
 
 
 def check_cu_seqlens(op: str, cu_seqlens: object, batch: int, length: int, device: torch.device) -> None:

@@ -44,7 +44,7 @@ struct ScanCall {
   Array initial_state;      // (sequences, channels, states)
   // forward
   Array y, final_state;
-  void* chunk_states = nullptr;  // (batch, chunks, states, padded channels) of the compute type
+  void* chunk_states = nullptr;  // (batch, saved_chunks, states, padded channels) of the compute type
   // backward: gradients that come in (absent: zero) ...
   Array grad_y, grad_final_state;
   // ... and that go out; the sums over batch and groups are finished by the host side, in a fixed order
@@ -54,6 +54,11 @@ struct ScanCall {
   void* dbias_partial;  // (batch, channels)
   void* dBC_partial;    // (batch, groups, length, 2 * states): dB, then dC
 };
+
+// The chunks whose first state is saved: all but the first, which starts from initial_state.
+static inline int64_t saved_chunks(const ScanCall& call) {
+  return call.length > 0 ? (call.length - 1) / call.chunk : 0;
+}
 
 struct ScanStepCall {
   int64_t batch, channels, states;

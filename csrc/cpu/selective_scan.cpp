@@ -10,7 +10,7 @@
 namespace jambatalk {
 namespace {
 
-// As in jambatalk_kernels/selective_scan/op.py (_chunk_length). Growing with `states` keeps the saved states within a
+// As in jambatalk_kernels/selective_scan/op.py (_native_chunk_states). Growing with `states` keeps the saved states within a
 // quarter of the size of u.
 int64_t chunk_length(int64_t states) { return std::max<int64_t>(64, 4 * states); }
 
@@ -74,10 +74,9 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(const Tensor& u, const Tensor&
   Tensor final_state = new_tensor(type, {sequences, call.channels, call.states});
   call.y = as_array("y", y, {call.batch, call.length, call.channels});
   call.final_state = as_array("final_state", final_state, {sequences, call.channels, call.states});
-  const int64_t chunks = (call.length + call.chunk - 1) / call.chunk;
-  Tensor chunk_states = save_states
-                            ? new_tensor(type, {call.batch, chunks, call.states, padded_channels(call.channels)})
-                            : new_tensor(type, {0});
+  Tensor chunk_states =
+      save_states ? new_tensor(type, {call.batch, saved_chunks(call), call.states, padded_channels(call.channels)})
+                  : new_tensor(type, {0});
   if (save_states) {
     // The saved states of chunks that no sequence continues into are never read; zero keeps the bytes reproducible.
     fill_zero(chunk_states);
@@ -103,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   call.grad_y = as_array("grad_y", grad_y, {b, l, c});
   call.grad_final_state = as_array("grad_final_state", grad_final_state, {sequences, c, n});
   STD_TORCH_CHECK(chunk_states.scalar_type() == type && chunk_states.is_contiguous() &&
-                      chunk_states.numel() == b * ((l + call.chunk - 1) / call.chunk) * n * padded_channels(c),
+                      chunk_states.numel() == b * saved_chunks(call) * n * padded_channels(c),
                   "chunk_states: expected what forward saved");
   call.chunk_states = const_cast<void*>(chunk_states.const_data_ptr());
 

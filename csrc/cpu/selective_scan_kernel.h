@@ -78,9 +78,8 @@ void load_parameters(const ScanCall& call, int64_t group_begin, int64_t group_en
 // Where the state of channel c at the start of the piece's chunk is saved: rows of padded_channels, one per state.
 template <class L>
 typename L::T* saved_state(const ScanCall& call, int64_t batch, const Piece& piece, int64_t c) {
-  const int64_t chunks = (call.length + call.chunk - 1) / call.chunk;
   return (typename L::T*)call.chunk_states +
-         (batch * chunks + piece.begin / call.chunk) * call.states * call.padded_channels + c;
+         (batch * saved_chunks(call) + piece.begin / call.chunk - 1) * call.states * call.padded_channels + c;
 }
 
 template <class L>

@@ -74,9 +74,13 @@ class Call {
   }
   void launched(const char* error) const { check(error == nullptr, error == nullptr ? "" : error); }
 
+  bool is_here(const Tensor& tensor) const {
+    return device_type(tensor) == type_ && tensor.get_device_index() == index_;
+  }
+
   Array array(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes) const {
-    check(device_type(tensor) == type_ && tensor.get_device_index() == index_, name,
-          ": expected a tensor on the device of the first argument");
+    check(is_here(tensor), name, ": expected a tensor on the device of the first argument");
+    check(sizes.size() <= 3, name, ": at most three dimensions");
     const auto shape = tensor.sizes(), strides = tensor.strides();
     check(shape.size() == sizes.size(), name, ": expected ", sizes.size(), " dimensions, got ", shape.size());
     Array array{};
@@ -131,8 +135,8 @@ class Call {
 
   int64_t sequences(const OptionalTensor& cu_seqlens, int64_t batch) const {
     if (!cu_seqlens.has_value()) return batch;
-    check(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 2 && device_type(*cu_seqlens) == type_ &&
-              cu_seqlens->get_device_index() == index_ && batch == 1 && cu_seqlens->scalar_type() == ScalarType::Int,
+    check(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 2 && is_here(*cu_seqlens) && batch == 1 &&
+              cu_seqlens->scalar_type() == ScalarType::Int,
           "cu_seqlens: expected int32 (sequences + 1,) on the device of the first argument, and batch 1");
     return cu_seqlens->size(0) - 1;
   }
@@ -186,10 +190,10 @@ const int32_t* bounds_pointer(const Tensor& bounds) {
   return bounds.numel() > 0 ? static_cast<const int32_t*>(bounds.const_data_ptr()) : nullptr;
 }
 
-// As in jambatalk_kernels/selective_scan/op.py (_chunk_length, _padded) and in csrc/cpu.
-int64_t chunk_length(int64_t states) { return std::max<int64_t>(64, 4 * states); }
+// As in jambatalk_kernels/selective_scan/op.py (_native_chunk_states). Longer chunks would save less and recompute more.
+int64_t chunk_length(int64_t states) { return (states + 63) / 64 * 64; }
 int64_t padded_channels(int64_t channels) { return (channels + 15) / 16 * 16; }
-int64_t chunks_of(const ScanCall& scan) { return (scan.length + scan.chunk - 1) / scan.chunk; }
+int64_t chunks_of(const ScanCall& scan) { return scan.length > 0 ? (scan.length - 1) / scan.chunk : 0; }
 
 void describe(const Call& call, ScanCall& scan, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
               const Tensor& C, const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& delta_bias,
@@ -275,8 +279,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const ScalarType type = compute_type(u);
   scan.grad_y = call.array("grad_y", grad_y, {b, l, c});
   scan.grad_final_state = call.array("grad_final_state", grad_final_state, {scan.sequences, c, n});
-  call.array("chunk_states", chunk_states, {b, chunks_of(scan), n, scan.padded_channels});
-  call.check(chunk_states.scalar_type() == type && chunk_states.is_contiguous(),
+  call.check(chunk_states.scalar_type() == type && chunk_states.is_contiguous() && call.is_here(chunk_states) &&
+                 chunk_states.numel() == b * chunks_of(scan) * n * scan.padded_channels,
              "chunk_states: expected what forward saved");
   scan.chunk_states = const_cast<void*>(chunk_states.const_data_ptr());
 

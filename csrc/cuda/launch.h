@@ -51,11 +51,11 @@ const char* launch_bounds(const BoundsCall& call);
 
 struct ScanCall {  // what forward and backward share
   int64_t batch, length, channels, states, sequences;
-  int64_t chunk, padded_channels;  // of chunk_states: (batch, ceil(length / chunk), states, padded_channels)
+  int64_t chunk, padded_channels;  // of chunk_states: (batch, (length - 1) / chunk, states, padded_channels)
   bool softplus;
   Array u, delta, A, B, C, D, z, delta_bias, initial_state;
   const int32_t* bounds;
-  void* chunk_states;  // the state at the start of every chunk, in the compute type; null where nobody wants it
+  void* chunk_states;  // the state at the start of every chunk but the first, in the compute type; null where nobody wants it
   void* workspace;
   Device device;
 };

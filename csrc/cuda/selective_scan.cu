@@ -190,9 +190,9 @@ JT_DEVICE void scan_forward_block(const ForwardPlan& plan) {
   const T D = column_exists ? load_or<T>(call.D, (channel0 + column) * call.D.stride[2], T(0)) : T(0);
 
   const auto save = [&](int64_t chunk, bool zero) {
-    if (channel >= call.padded_channels) return;
-    const int64_t chunks = (call.length + call.chunk - 1) / call.chunk;
-    T* to = static_cast<T*>(call.chunk_states) + (span.batch * chunks + chunk) * call.states * call.padded_channels;
+    if (chunk == 0 || channel >= call.padded_channels) return;  // the first chunk starts from initial_state
+    const int64_t row = span.batch * ((call.length - 1) / call.chunk) + chunk - 1;
+    T* to = static_cast<T*>(call.chunk_states) + row * call.states * call.padded_channels;
     JT_UNROLL
     for (int s = 0; s < STATES; ++s) {
       const int n = state_of<LANES, STATES>(lane, s);

@@ -190,7 +190,7 @@ JT_DEVICE void scan_backward_block(const BackwardPlan& plan) {
       reinterpret_cast<Four<T>*>(to)[q] = v;
     }
   };
-  const int64_t chunks = (call.length + call.chunk - 1) / call.chunk;
+  const int64_t saved_row = span.batch * ((call.length - 1) / call.chunk) - 1;  // of chunk 0, which has none
 
   for (int64_t chunk = end > begin ? (end - 1) / call.chunk : -1; chunk >= 0 && (chunk + 1) * call.chunk > begin;
        --chunk) {
@@ -216,7 +216,7 @@ JT_DEVICE void scan_backward_block(const BackwardPlan& plan) {
           dA[s] = h[s] = T(0);
           if (exists && chunk_begin > begin) {
             h[s] = static_cast<const T*>(
-                call.chunk_states)[((span.batch * chunks + chunk) * states + n) * call.padded_channels + channel];
+                call.chunk_states)[((saved_row + chunk) * states + n) * call.padded_channels + channel];
           } else if (exists) {
             h[s] = load_or<T>(call.initial_state, offset(call.initial_state, span.sequence, channel, n), T(0));
           }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -188,20 +190,24 @@ class _CausalConv1d(torch.autograd.Function):
         )
 
 
-def _fake_conv(x, weight, bias, initial_state, cu_seqlens, silu):
+# On Triton y and dx have x's order of strides, so that a channel-first x is written as it is read; natively they are
+# contiguous.
+def _fake_conv(like, x, weight, bias, initial_state, cu_seqlens, silu):
     _check_conv(x, weight, bias, initial_state, cu_seqlens)
     batch, _, channels = x.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty(x.shape), x.new_empty((sequences, weight.shape[1] - 1, channels), dtype=dtype)
+    return like(x), x.new_empty((sequences, weight.shape[1] - 1, channels), dtype=dtype)
 
 
-def _fake_conv_backward(grad_y, grad_final_state, x, weight, bias, initial_state, cu_seqlens, silu):
+def _contiguous_like(tensor):
+    return tensor.new_empty(tensor.shape)
+
+
+def _fake_conv_backward(like, grad_y, grad_final_state, x, weight, bias, initial_state, cu_seqlens, silu):
     """A gradient that nobody can ask for is empty."""
-    return tuple(
-        x.new_empty((0,)) if tensor is None else tensor.new_empty(tensor.shape)
-        for tensor in (x, weight, bias, initial_state)
-    )
+    others = (weight, bias, initial_state)
+    return like(x), *(x.new_empty((0,)) if other is None else _contiguous_like(other) for other in others)
 
 
 def _fake_conv_step(state, x, weight, bias, silu):
@@ -221,12 +227,12 @@ SCHEMAS = (
 _MODULE = "jambatalk_kernels.causal_conv1d.triton"
 
 # Backend -> the op that runs it. ``cpu`` and ``cuda`` are one native op, which its tensors' device tells apart.
-_FORWARD = {"triton": TritonOp(SCHEMAS[0], _MODULE, "conv_forward", _fake_conv)}
-_BACKWARD = {"triton": TritonOp(SCHEMAS[1], _MODULE, "conv_backward", _fake_conv_backward)}
+_FORWARD = {"triton": TritonOp(SCHEMAS[0], _MODULE, "conv_forward", partial(_fake_conv, torch.empty_like))}
+_BACKWARD = {"triton": TritonOp(SCHEMAS[1], _MODULE, "conv_backward", partial(_fake_conv_backward, torch.empty_like))}
 _STEP = {"triton": TritonOp(SCHEMAS[2], _MODULE, "conv_step", _fake_conv_step)}
 if native_library()[0]:
-    torch.library.register_fake("jambatalk::causal_conv1d", _fake_conv)
-    torch.library.register_fake("jambatalk::causal_conv1d_backward", _fake_conv_backward)
+    torch.library.register_fake("jambatalk::causal_conv1d", partial(_fake_conv, _contiguous_like))
+    torch.library.register_fake("jambatalk::causal_conv1d_backward", partial(_fake_conv_backward, _contiguous_like))
     torch.library.register_fake("jambatalk::causal_conv1d_step", _fake_conv_step)
     _FORWARD["cpu"] = _FORWARD["cuda"] = torch.ops.jambatalk.causal_conv1d.default
     _BACKWARD["cpu"] = _BACKWARD["cuda"] = torch.ops.jambatalk.causal_conv1d_backward.default

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from jambatalk_kernels.autograd import any_requires_grad, first_derivative
 from jambatalk_kernels.backends import Reason, candidates, choose, native_library
-from jambatalk_kernels.checks import check_tensor
+from jambatalk_kernels.checks import check_flag, check_tensor
 from jambatalk_kernels.moe import reference
 from jambatalk_kernels.moe.reference import Routing
 from jambatalk_kernels.triton_ops import TritonOp
@@ -44,6 +44,7 @@ def moe_route(logits: Tensor, top_k: int, *, renormalize: bool = False, backend:
         raise TypeError(f"moe_route: top_k: expected an int, got {type(top_k).__name__}")
     if not 1 <= top_k <= logits.shape[1]:
         raise ValueError(f"moe_route: top_k: expected 1 to {logits.shape[1]}, the number of experts, got {top_k}")
+    check_flag("moe_route", "renormalize", renormalize)
     chosen = choose("moe_route", backend, _options("moe_route", logits, logits.shape[1], top_k))
     if chosen == "reference":
         return reference.moe_route(logits, top_k, renormalize)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from jambatalk_kernels.autograd import any_requires_grad, first_derivative
 from jambatalk_kernels.backends import candidates, choose, native_library, without_step_gradients
-from jambatalk_kernels.checks import check_cu_seqlens, check_tensor
+from jambatalk_kernels.checks import check_cu_seqlens, check_flag, check_tensor
 from jambatalk_kernels.selective_scan.reference import compute_dtype, scan_reference, scan_step_reference
 from jambatalk_kernels.triton_ops import TritonOp
 
@@ -68,6 +68,7 @@ def selective_scan(
     Source: Gu and Dao, "Mamba" (arXiv 2312.00752), algorithm 2.
     """
     arguments = (u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+    check_flag("selective_scan", "delta_softplus", delta_softplus)
     chosen = choose("selective_scan", backend, candidates("selective_scan", u))
     # A call must cost microseconds: a native op tests its arguments itself, and only when it refuses them is the
     # reason put into words here. What it cannot see is checked first: tracing runs no kernel, and values are optional.
@@ -115,6 +116,7 @@ def selective_scan_step(
     Errors: as :func:`selective_scan`.
     """
     arguments = (state, u, delta, A, B, C, D, z, delta_bias)
+    check_flag("selective_scan_step", "delta_softplus", delta_softplus)
     options = candidates("selective_scan_step", u)
     if torch.is_grad_enabled() and any_requires_grad(*arguments):
         options = without_step_gradients(options)
@@ -212,24 +214,18 @@ class _SelectiveScan(torch.autograd.Function):
         )  # fmt: skip
 
 
-# What the native ops save, as in csrc/cpu/selective_scan.cpp: a state per chunk of positions, channels padded.
-def _chunk_length(states: int) -> int:
-    return max(64, 4 * states)
+# What the native ops save, as in csrc/cpu/selective_scan.cpp and csrc/cuda/binding.cpp: the state at the start of every
+# chunk of positions but the first, channels padded.
+def _native_chunk_states(u: Tensor, states: int) -> tuple[int, ...]:
+    batch, length, channels = u.shape
+    chunk = (states + 63) // 64 * 64 if u.device.type == "cuda" else max(64, 4 * states)
+    return batch, max(length - 1, 0) // chunk, states, (channels + 15) // 16 * 16
 
 
-def _padded(channels: int) -> int:
-    return (channels + 15) // 16 * 16
-
-
-def _native_chunk_states(batch: int, length: int, channels: int, states: int) -> tuple[int, ...]:
-    chunks = (length + _chunk_length(states) - 1) // _chunk_length(states)
-    return batch, chunks, states, _padded(channels)
-
-
-def _triton_chunk_states(batch: int, length: int, channels: int, states: int) -> tuple[int, ...]:
+def _triton_chunk_states(u: Tensor, states: int) -> tuple[int, ...]:
     from jambatalk_kernels.selective_scan.triton import chunk_states_shape
 
-    return chunk_states_shape(batch, length, channels, states)
+    return chunk_states_shape(*u.shape, states)
 
 
 def _fake_scan(chunk_states_shape, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, _, save_states):
@@ -240,7 +236,7 @@ def _fake_scan(chunk_states_shape, u, delta, A, B, C, D, z, delta_bias, initial_
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     y = u.new_empty((batch, length, channels))
     final_state = u.new_empty((sequences, channels, states), dtype=dtype)
-    saved = chunk_states_shape(batch, length, channels, states) if save_states else (0,)
+    saved = chunk_states_shape(u, states) if save_states else (0,)
     return y, final_state, u.new_empty(saved, dtype=dtype)
 
 

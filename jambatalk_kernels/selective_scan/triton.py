@@ -858,12 +858,11 @@ def scan_backward(
                 *B.stride(), *C.stride(), *_strides(D, 1), *of_z, *of_bias, *_strides(initial_state, 3), *constants,
                 *layout.constants(), layout.steps, num_warps=layout.warps,
             )  # fmt: skip
-    dB, dC = rows.sum(0)
-    none = u.new_empty((0,))
+    # A tensor of its own for each, even where it is empty: outputs of an op may not share memory.
     return (
-        du, ddelta, sums_A.sum(0).to(A.dtype), dB.to(B.dtype), dC.to(C.dtype),
-        none if D is None else sums_D.sum(0).to(D.dtype), dz,
-        none if delta_bias is None else sums_bias.sum(0).to(delta_bias.dtype), dinitial,
+        du, ddelta, sums_A.sum(0).to(A.dtype), rows[:, 0].sum(0).to(B.dtype), rows[:, 1].sum(0).to(C.dtype),
+        u.new_empty((0,)) if D is None else sums_D.sum(0).to(D.dtype), dz,
+        u.new_empty((0,)) if delta_bias is None else sums_bias.sum(0).to(delta_bias.dtype), dinitial,
     )  # fmt: skip
 
 

@@ -15,19 +15,6 @@ pytestmark = pytest.mark.skipif(
 NAMES = ("x", "weight", "bias", "initial_state")
 
 
-@pytest.fixture(params=["avx512", "avx2", "plain", "wide"])
-def isa(request):
-    """Every instruction set that this processor has; "wide" is the AVX-512 path lowered to plain instructions."""
-    import _jambatalk_native as native
-
-    if request.param not in native.supported_cpu_isas():
-        pytest.skip(f"this processor has no {request.param}")
-    before = native.cpu_isa()
-    native.set_cpu_isa(request.param)
-    yield request.param
-    native.set_cpu_isa(before)
-
-
 def inputs(batch, length, channels, width, dtype=torch.float64, seed=0, sequences=None):
     g = torch.Generator().manual_seed(seed)
     shapes = {

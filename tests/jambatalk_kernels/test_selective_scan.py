@@ -17,19 +17,6 @@ pytestmark = pytest.mark.skipif(
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 
 
-@pytest.fixture(params=["avx512", "avx2", "plain", "wide"])
-def isa(request):
-    """Every instruction set that this processor has; "wide" is the AVX-512 path lowered to plain instructions."""
-    import _jambatalk_native as native
-
-    if request.param not in native.supported_cpu_isas():
-        pytest.skip(f"this processor has no {request.param}")
-    before = native.cpu_isa()
-    native.set_cpu_isa(request.param)
-    yield request.param
-    native.set_cpu_isa(before)
-
-
 def inputs(batch, length, channels, states, dtype=torch.float64, seed=0, sequences=None):
     """Numbers like a trained layer's: decays between 0.05 and 1, delta around 0.3."""
     g = torch.Generator().manual_seed(seed)
@@ -488,6 +475,30 @@ def test_memory_saved_for_backward_does_not_grow_with_states(states):
         *(named[k] for k in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")), None, True, True
     )
     assert saved.numel() <= named["u"].numel()
+
+
+@pytest.mark.parametrize("length", [0, 1, 64, 65])
+def test_memory_saved_for_backward_is_small_for_short_sequences_too(length):
+    """A chunk that starts from the initial state saves none of its own."""
+    named = inputs(8, length, 32, 16, torch.float32)
+    *_, saved = torch.ops.jambatalk.selective_scan(
+        *(named[k] for k in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")), None, True, True
+    )
+    assert saved.shape[1] == max(length - 1, 0) // 64
+    assert saved.numel() <= named["u"].numel()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(delta_softplus="yes"), "delta_softplus: expected a bool, got str"),
+        (dict(u=torch.zeros(2, 3, 5).to_sparse()), "u: expected a dense tensor, got a torch.sparse_coo one"),
+    ],
+)
+def test_what_only_the_checks_in_words_can_see(change, message):
+    named = inputs(2, 3, 5, 4, torch.float32)
+    with pytest.raises(TypeError, match=f"selective_scan: {message}"):
+        selective_scan(**named | change)
 
 
 def test_compiles_without_a_graph_break():

@@ -1,0 +1,74 @@
+"""What torch.library and torch.compile see of the Triton launchers: schemas, shapes and strides, no shared outputs."""
+
+import pytest
+import torch
+
+from jambatalk_kernels import causal_conv1d, moe_route, selective_scan
+
+pytest.importorskip("triton", reason="triton is not installed")
+OPS = torch.ops.jambatalk_triton
+UTILS = ("test_schema", "test_faketensor")
+
+
+def check(op, *arguments):
+    torch.library.opcheck(op, arguments, test_utils=UTILS)
+
+
+LAYOUTS = {"channel-last": lambda: torch.randn(2, 9, 5), "channel-first": lambda: torch.randn(2, 5, 9).mT}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_conv_ops(layout):
+    x, weight, bias, state = LAYOUTS[layout](), torch.randn(5, 4), torch.randn(5), torch.randn(2, 3, 5)
+    check(OPS.causal_conv1d.default, x, weight, bias, state, None, True)
+    y, final = OPS.causal_conv1d(x, weight, bias, state, None, True)
+    check(OPS.causal_conv1d_backward.default, y, final, x, weight, bias, state, None, True)
+    check(OPS.causal_conv1d_backward.default, y, None, x, weight, None, None, None, True)
+    check(OPS.causal_conv1d_step.default, state, x[:, 0].clone(), weight, bias, True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_scan_ops(layout):
+    batch, length, channels, states = 2, 9, 5, 4
+    u, per_position = LAYOUTS[layout](), (batch, length, states)
+    needed = [
+        u,
+        torch.rand(u.shape),
+        -torch.rand(channels, states),
+        torch.randn(per_position),
+        torch.randn(per_position),
+    ]
+    optional = [torch.randn(channels), torch.randn(u.shape), torch.randn(channels), torch.randn(2, channels, states)]
+    for extra in (optional, [None] * 4):
+        arguments = [*needed, *extra, None, True]
+        check(OPS.selective_scan.default, *arguments, True)
+        y, final, saved = OPS.selective_scan(*arguments, True)
+        check(OPS.selective_scan_backward.default, y, final, *arguments[:-1], saved, True)
+    row = [tensor[:, 0] for tensor in (u, needed[1], needed[3], needed[4])]
+    check(OPS.selective_scan_step.default, final, *row[:2], needed[2], *row[2:], None, None, None, True)
+
+
+def test_moe_ops():
+    logits, x, w_in, w_out = torch.randn(20, 4), torch.randn(20, 8), torch.randn(4, 12, 8), torch.randn(4, 8, 6)
+    routing = moe_route(logits, 2, backend="triton")
+    check(OPS.moe_route.default, logits, 2, False)
+    check(OPS.moe_route_backward.default, routing.weights, None, logits, *routing[:3], False)
+    arguments = (x, routing.weights, routing.experts, routing.order, routing.offsets, w_in, w_out)
+    check(OPS.moe_mlp.default, *arguments, "swiglu", True)
+    y, saved = OPS.moe_mlp(*arguments, "swiglu", True)
+    check(OPS.moe_mlp_backward.default, y, *arguments, saved, "swiglu")
+
+
+def test_compiles_without_a_graph_break():
+    weight = torch.randn(5, 4)
+    A, B, C = -torch.rand(5, 4), torch.randn(2, 9, 4), torch.randn(2, 9, 4)
+
+    def run(x):
+        u = causal_conv1d(x, weight, activation="silu", backend="triton")
+        return selective_scan(u, x.sigmoid(), A, B, C, backend="triton").sum()
+
+    x = LAYOUTS["channel-first"]().requires_grad_()
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    got, want = torch.autograd.grad(compiled(x), x)[0], torch.autograd.grad(run(x), x)[0]
+    torch.testing.assert_close(got, want)
