@@ -8,6 +8,7 @@ from unittest.mock import patch
 import torch
 
 from jambatalk_kernels.attention import triton as kernels
+from jambatalk_kernels.attention import triton_step
 from jambatalk_kernels.attention.heuristics import Device
 from jambatalk_kernels.moe.ahead_of_time import recorded_launches
 
@@ -25,6 +26,14 @@ SIZES = (
     (torch.float32, 1, 600, 4, 4, 256, dict(causal=True)),
 )
 
+# dtype, batch, heads, kv_heads, head_dim, capacity, window
+STEPS = (
+    (torch.bfloat16, 1, 8, 8, 64, 600, None),
+    (torch.bfloat16, 1, 8, 1, 64, 600, None),
+    (torch.bfloat16, 64, 4, 4, 256, 600, 600),
+    (torch.float32, 1, 8, 8, 64, 600, None),
+)
+
 
 def _run(dtype, batch, length, heads, kv_heads, head_dim, options) -> None:
     q = torch.empty(batch, length, heads, head_dim, dtype=dtype)
@@ -40,13 +49,22 @@ def _run(dtype, batch, length, heads, kv_heads, head_dim, options) -> None:
     kernels.attention_forward(q, k, v, cos, sin, *masks, True)
 
 
+def _run_step(dtype, batch, heads, kv_heads, head_dim, capacity, window) -> None:
+    q = torch.empty(batch, heads, head_dim, dtype=dtype)
+    k, v = (torch.empty(batch, kv_heads, head_dim, dtype=dtype) for _ in range(2))
+    cos, sin = (torch.empty(batch, head_dim // 2) for _ in range(2))
+    cache = (torch.empty(batch, capacity, kv_heads, head_dim, dtype=dtype) for _ in range(2))
+    position = torch.empty(batch, dtype=torch.int64)
+    triton_step.attention_step(q, k, v, cos, sin, *cache, position, window, 0.1, False)
+
+
 def ahead_of_time_cases(capability: int) -> list[dict]:
     """`capability` as compilers write it: 89, 90."""
     device = Device((capability // 10, capability % 10), 132 if capability == 90 else 128)
     cases = []
-    for size in SIZES:
-        dtype, _, length, heads, kv_heads, head_dim, options = size
-        label = f"{str(dtype)[6:]} {head_dim}, length {length}, {heads}/{kv_heads} heads, {options}"
-        with patch.object(kernels, "_device", lambda _: device):
-            cases += recorded_launches(kernels, label, partial(_run, *size))
+    for module, run, sizes in ((kernels, _run, SIZES), (triton_step, _run_step, STEPS)):
+        for size in sizes:
+            label = ", ".join(str(each).removeprefix("torch.") for each in size)
+            with patch.object(module, "device_of", lambda _: device):
+                cases += recorded_launches(module, label, partial(run, *size))
     return cases

@@ -45,9 +45,8 @@ from jambatalk_kernels.moe.interpreter import dot, rounded
 
 __all__ = ["attention_forward"]
 
-_LOG2_E = 1.4426950408889634
+LOG2_E = 1.4426950408889634
 _LN_2 = tl.constexpr(0.6931471805599453)
-_LOG2E = tl.constexpr(_LOG2_E)
 
 
 # ---- pieces ---------------------------------------------------------------------------------------------------------
@@ -317,7 +316,7 @@ def _forward_kernel(
 
 
 @functools.cache
-def _device(index: int) -> Device:
+def device_of(index: int) -> Device:
     if index < 0:
         return Device((8, 0), 108)  # in the interpreter: an A100
     properties = torch.cuda.get_device_properties(index)
@@ -328,7 +327,7 @@ def _precision(x: Tensor) -> str:
     return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def _check(q: Tensor) -> None:
+def check(q: Tensor) -> None:
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"rope_attention: the Triton kernels take float32, bfloat16 and float16, got q of {q.dtype}")
     if q.shape[-1] > heuristics.MAX_HEAD_DIM:
@@ -395,7 +394,7 @@ def attention_forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """-> y, contiguous, and with `save` the logsumexp (batch, heads, length) float32, else an empty tensor."""
-    _check(q)
+    check(q)
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     y = q.new_empty(q.shape)
@@ -404,7 +403,7 @@ def attention_forward(
         return y, logsumexp
     group, groups = heads // kv_heads, batch * kv_heads
     cos, sin = _per_head(cos, batch, kv_heads), _per_head(sin, batch, kv_heads)
-    plan = heuristics.forward_plan(length, group, groups, head_dim, q.element_size(), _device(q.get_device()))
+    plan = heuristics.forward_plan(length, group, groups, head_dim, q.element_size(), device_of(q.get_device()))
     if not plan.rotate_on_load:
         k, _ = _rotate(k, cos, sin, interleaved, 1)
     starts, stops = _packing(cu_seqlens, length)
@@ -412,7 +411,7 @@ def attention_forward(
     block_d = heuristics.padded_head_dim(head_dim)
     _forward_kernel[(tiles * groups,)](
         q, k, v, cos, sin, starts, stops, y, logsumexp,
-        length, kv_heads, head_dim // 2, groups, tiles, 0 if window is None else min(window, length), scale * _LOG2_E,
+        length, kv_heads, head_dim // 2, groups, tiles, 0 if window is None else min(window, length), scale * LOG2_E,
         *q.stride(), *k.stride(), *v.stride(), *cos.stride(), *sin.stride(),
         GROUP=group, CAUSAL=causal, WINDOW=window is not None and window < length, PACKED=cu_seqlens is not None,
         ROTATE=plan.rotate_on_load, INTERLEAVED=interleaved, SAVE=save, PRECISION=_precision(q),

@@ -11,6 +11,7 @@ from jambatalk_kernels.attention import heuristics, reference
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from jambatalk_kernels.attention import triton as kernels  # noqa: E402
+from jambatalk_kernels.attention import triton_step  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_compiler = pytest.mark.skipif(gpu_code.missing_tools() is not None, reason=str(gpu_code.missing_tools()))
@@ -77,7 +78,7 @@ FEW, MANY = heuristics.Device((8, 0), 1), heuristics.Device((8, 9), 10_000)  # l
 @pytest.mark.parametrize("device", [FEW, MANY], ids=["large tiles", "small tiles"])
 @pytest.mark.parametrize("shape, table, choice", CASES, ids=str)
 def test_forward(shape, table, choice, device, monkeypatch):
-    monkeypatch.setattr(kernels, "_device", lambda _: device)
+    monkeypatch.setattr(kernels, "device_of", lambda _: device)
     inputs = make(*shape, table=table)
     masks = options(**choice, head_dim=shape[-1])
     y, logsumexp = kernels.attention_forward(*inputs, *masks, True)
@@ -119,7 +120,7 @@ def test_forward_in_half_precision(shape, dtype):
 
 @pytest.mark.parametrize("device", [FEW, MANY], ids=["large tiles", "small tiles"])
 def test_forward_takes_any_strides(device, monkeypatch):
-    monkeypatch.setattr(kernels, "_device", lambda _: device)
+    monkeypatch.setattr(kernels, "device_of", lambda _: device)
     inputs = make(2, 20, 4, 2, 12, table="all")
     masks = options(head_dim=12, window=9)
     y, _ = kernels.attention_forward(*inputs, *masks, True)
@@ -166,6 +167,101 @@ def test_what_is_not_finite_stays_with_those_who_see_it():
     seen = torch.zeros(40, dtype=torch.bool, device=DEVICE)
     seen[20:26] = True
     assert y[0, seen].isnan().all() and y[0, ~seen].isfinite().all()
+
+
+# ---- step -----------------------------------------------------------------------------------------------------------
+
+STEPS = [  # (batch, heads, kv_heads, head_dim), capacity, table, options; 13 steps, so that rings wrap around
+    ((2, 4, 2, 6), 13, "positions", dict()),
+    ((1, 2, 2, 16), 20, "heads", dict(interleaved=True)),
+    ((2, 3, 1, 20), 4, "heads", dict(window=4)),
+    ((1, 2, 2, 8), 7, "positions", dict(window=3, scale=0.3)),
+    ((1, 4, 1, 8), 200, "positions", dict(window=9)),  # split
+    ((1, 2, 2, 8), 200, "positions", dict(interleaved=True)),
+]
+
+
+def step_table(kind, batch, kv_heads, half):
+    return (batch, half) if kind == "positions" else (batch, kv_heads, half)
+
+
+@pytest.mark.parametrize("start", [0, 195], ids="from {}".format)
+@pytest.mark.parametrize("shape, capacity, table, choice", STEPS, ids=str)
+def test_steps(shape, capacity, table, choice, start):
+    batch, heads, kv_heads, head_dim = shape
+    window, scale, interleaved = (options(**choice, head_dim=head_dim)[i] for i in (1, 2, 3))
+    if start and capacity == 200:
+        assert heuristics.step_plan(200, batch * kv_heads, head_dim, 4, FEW._replace(multiprocessors=108)).splits > 1
+    caches = []
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        cache = reference.KVCache.empty(batch, capacity, kv_heads, head_dim, dtype=dtype, device=DEVICE)
+        cache.k.copy_(normal(*cache.k.shape, seed=8))
+        cache.v.copy_(normal(*cache.v.shape, seed=9))
+        cache.position += start - torch.arange(batch, device=DEVICE) * (start > 0)  # each sequence at its own
+        caches.append(cache)
+    mine, exact_cache, peer_cache = caches
+    for t in range(13 if start == 0 else 7):
+        q = normal(batch, heads, head_dim, seed=3 * t, dtype=torch.float32)
+        k, v = (normal(batch, kv_heads, head_dim, seed=3 * t + i, dtype=torch.float32) for i in (1, 2))
+        cos, sin = (normal(*step_table(table, batch, kv_heads, head_dim // 2), seed=i).float() for i in (t, t + 99))
+        before = mine.position.clone()
+        y = triton_step.attention_step(
+            q, k, v, cos, sin, mine.k, mine.v, mine.position, window, scale, interleaved
+        )  # fmt: skip
+        assert torch.equal(mine.position, before)
+        mine.position += 1
+        exact, peer = (
+            reference.rope_attention_step(
+                *(x.to(c.k.dtype) for x in (q, k, v, cos, sin)), c, window, scale, interleaved
+            )
+            for c in (exact_cache, peer_cache)
+        )
+        assert_accurate(y, exact, peer, 1e-5)
+    torch.testing.assert_close(mine.k, peer_cache.k)
+    assert torch.equal(mine.v, peer_cache.v)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 1)], ids="{}".format)
+def test_step_in_half_precision_with_any_strides(heads, kv_heads):
+    k, v = (normal(1, kv_heads, 90, 40, seed=i, dtype=torch.bfloat16).transpose(1, 2)[..., ::2] for i in (1, 2))
+    cache, exact_cache, peer_cache = (
+        reference.KVCache(*(x.to(dtype, copy=True) for x in (k, v)), torch.tensor([70], device=DEVICE))
+        for dtype in (torch.bfloat16, torch.float64, torch.bfloat16)
+    )
+    cache.k, cache.v = k, v  # changed in place through the strides
+    inputs = [normal(1, n, 20, seed=i, dtype=torch.bfloat16) for i, n in ((3, heads), (4, kv_heads), (5, kv_heads))]
+    inputs += [normal(1, 10, seed=i, dtype=torch.float32) for i in (6, 7)]
+    y = triton_step.attention_step(*inputs, k, v, cache.position, None, 20**-0.5, False)
+    exact, peer = (
+        reference.rope_attention_step(*(x.double() if wide else x for x in inputs), c, None, 20**-0.5, False)
+        for wide, c in ((True, exact_cache), (False, peer_cache))
+    )
+    assert y.dtype == torch.bfloat16
+    assert_accurate(y, exact, peer, 5e-3)
+    torch.testing.assert_close(k, peer_cache.k)
+    assert torch.equal(v, peer_cache.v)
+
+
+def test_step_of_nothing():
+    cache = reference.KVCache.empty(0, 4, 1, 8, device=DEVICE)
+    empty = torch.zeros(0, 1, 8, device=DEVICE)
+    table = torch.zeros(0, 4, device=DEVICE)
+    y = triton_step.attention_step(
+        empty, empty, empty, table, table, cache.k, cache.v, cache.position, None, 1.0, False
+    )  # fmt: skip
+    assert y.shape == (0, 1, 8)
+
+
+def test_step_plan_covers_the_cache():
+    for capability, capacity, groups, head_dim, itemsize in itertools.product(
+        CAPABILITIES, (1, 5, 64, 65, 600, 100_000), (1, 8, 10_000), HEAD_DIMS, (2, 4)
+    ):
+        plan = heuristics.step_plan(capacity, groups, head_dim, itemsize, heuristics.Device(capability, 100))
+        assert plan.slots * (plan.splits - 1) < capacity <= plan.slots * plan.splits and plan.slots % plan.block_n == 0
+        assert powers_of_two(plan.block_n) and 1 <= plan.splits <= 32
+        assert plan.block_n * heuristics.padded_head_dim(head_dim) * itemsize <= 16384 or plan.block_n == 16
+    assert heuristics.step_plan(600, 8, 64, 2, heuristics.Device((9, 0), 132)).splits == 10
+    assert heuristics.step_plan(600, 1000, 64, 2, heuristics.Device((9, 0), 132)).splits == 1
 
 
 # ---- tiles ----------------------------------------------------------------------------------------------------------
