@@ -21,7 +21,7 @@ class TritonOp:
     """``jambatalk_triton::NAME``, which calls ``function`` of ``module``.
 
     Args:
-        schema: as csrc/registration.cpp has it for the native op of the same name.
+        schema: as csrc/schemas.h has it for the native op of the same name.
         module: imported at the first call, since importing triton takes a second that CPU users need not wait.
         fake: the shape function, called with the op's arguments.
     """

@@ -127,8 +127,8 @@ JT_INLINE typename L::V exp2(typename L::V x) {
   }
 }
 
-// e^-x, with the argument reduced in two steps: accurate to the last bits for large |x| too, which exp2(-x * log2(e)) is
-// not. Saturates just below the largest finite number. (Of -x: that is what sigmoid and softplus need.)
+// e^-x, with the argument reduced in two steps: accurate to the last bits for large |x| too, which exp2(-x * log2(e))
+// is not. Saturates just below the largest finite number. (Of -x: that is what sigmoid and softplus need.)
 template <class L>
 JT_INLINE typename L::V exp_negative(typename L::V x) {
   using K = MathConstants<typename L::T>;

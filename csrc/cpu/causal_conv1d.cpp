@@ -1,4 +1,4 @@
-// The native causal_conv1d ops: tensors to arrays, threads. Schemas in registration.cpp; the kernels in
+// The native causal_conv1d ops: tensors to arrays, threads. Schemas in schemas.h; the kernels in
 // causal_conv1d_kernel.h.
 #include <algorithm>
 #include <tuple>
@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(
   call.grad_final_state = as_array("grad_final_state", grad_final_state, {sequences, width - 1, c});
   Tensor dx = new_tensor(x.scalar_type(), {b, l, c});
   if (call.packed) fill_zero(dx);
-  Tensor dinitial_state = new_gradient(initial_state, type, {sequences, width - 1, c});
+  Tensor dinitial_state = new_gradient(initial_state, x.scalar_type(), {sequences, width - 1, c});
   call.dx = as_array("dx", dx, {b, l, c});
   if (initial_state.has_value()) {
     call.dinitial_state = as_array("dinitial_state", dinitial_state, {sequences, width - 1, c});
@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(
   call.dbias_partial = dbias_partial.mutable_data_ptr();
   call.group_channels = kChannelGroup, call.groups = group_count(c, kChannelGroup);
   run_tasks(kernels_for(type).conv_backward, call, l * kChannelGroup * (3 * width + 24) / 16);
-  Tensor dweight = new_tensor(weight.scalar_type(), {c, width}), dbias = new_gradient(bias, type, {c});
+  Tensor dweight = new_tensor(weight.scalar_type(), {c, width}), dbias = new_gradient(bias, x.scalar_type(), {c});
   sum_over_batch(dweight_partial, dweight);
   if (bias.has_value()) sum_over_batch(dbias_partial, dbias);
   return {dx, dweight, dbias, dinitial_state};

@@ -24,7 +24,7 @@ namespace jambatalk {
 namespace JT_ISA {
 
 constexpr int kMaxWidth = 16;
-constexpr int kConvTile = 4;             // positions
+constexpr int kConvTile = 4;              // positions
 constexpr int64_t kStagedChannels = 128;  // of a stage: its rows stay in the L1 cache
 
 // Numbers that belong to channels, `rows` of them each, lie vector by vector: row k of channels c .. c + W at
@@ -64,8 +64,8 @@ void stage_rows(typename L::T* stage, const ConvCall& call, const Array& array, 
   }
 }
 
-// Calls f with the width as a constant where it is the usual one, with 0 elsewhere: every constant is compiled for every
-// dtype.
+// Calls f with the width as a constant where it is the usual one, with 0 elsewhere: every constant is compiled for
+// every dtype.
 template <class L, class F>
 JT_INLINE void with_width(int64_t width, F f) {
   if constexpr (sizeof(typename L::T) == 4) {
@@ -153,8 +153,9 @@ void conv_forward(const ConvCall& call, int64_t task_begin, int64_t task_end) {
   const FlushSubnormals flush;
   const int64_t width = call.width, history = width - 1, channels = call.channels;
   const int64_t blocks = (channels + L::W - 1) / L::W;
-  Carver carve{(char*)scratch(carved<V>((width + 1) * blocks) + carved<T>((call.max_piece + history) * kStagedChannels) +
-                              carved<V>(call.max_piece) + carved<V>(history))};
+  Carver carve{(char*)scratch(carved<V>((width + 1) * blocks) +
+                              carved<T>((call.max_piece + history) * kStagedChannels) + carved<V>(call.max_piece) +
+                              carved<V>(history))};
   T* taps = (T*)carve.take<V>((width + 1) * blocks);
   T* stage = carve.take<T>((call.max_piece + history) * kStagedChannels);
   V *part = carve.take<V>(call.max_piece), *last = carve.take<V>(history);  // part: y of less than a vector of channels
@@ -167,31 +168,32 @@ void conv_forward(const ConvCall& call, int64_t task_begin, int64_t task_end) {
     // Positions that reach back before the sequence's start go by the stage.
     int64_t early = smaller(piece.sequence_begin + history - begin, count);
     if (early < 0) early = 0;
-    if (count > 0) with_input_type<T>(call.y.dtype, [&](auto* type) {
-      using M = Pointee<decltype(type)>;
-      const Rows<M> y{(M*)call.y.data + batch * call.y.stride[0] + begin * call.y.stride[1], call.y.stride[1]};
-      const auto by_stage = [&](int64_t from, int64_t to, int64_t positions) {
-        for (int64_t c = from; c < to && positions > 0; c += kStagedChannels) {
-          const int64_t some = smaller(kStagedChannels, to - c), whole = some / L::W * L::W;
-          const Rows<T> staged{stage, kStagedChannels};
-          stage_rows<L>(stage, call, call.x, call.initial_state, piece, batch, begin - history, history + positions, c,
-                        some);
-          conv_positions<L>(staged, Rows<M>{y.data + c, y.pitch}, positions, whole, taps + c * (width + 1), width,
-                            call.silu);
-          if (whole == some) continue;
-          conv_positions<L>(Rows<T>{stage + whole, staged.pitch}, Rows<T>{(T*)part, L::W}, positions, L::W,
-                            taps + (c + whole) * (width + 1), width, call.silu);
-          store_rows<L>(part, 0, call.y, batch, begin, positions, c + whole, some - whole);
+    if (count > 0)
+      with_input_type<T>(call.y.dtype, [&](auto* type) {
+        using M = Pointee<decltype(type)>;
+        const Rows<M> y{(M*)call.y.data + batch * call.y.stride[0] + begin * call.y.stride[1], call.y.stride[1]};
+        const auto by_stage = [&](int64_t from, int64_t to, int64_t positions) {
+          for (int64_t c = from; c < to && positions > 0; c += kStagedChannels) {
+            const int64_t some = smaller(kStagedChannels, to - c), whole = some / L::W * L::W;
+            const Rows<T> staged{stage, kStagedChannels};
+            stage_rows<L>(stage, call, call.x, call.initial_state, piece, batch, begin - history, history + positions,
+                          c, some);
+            conv_positions<L>(staged, Rows<M>{y.data + c, y.pitch}, positions, whole, taps + c * (width + 1), width,
+                              call.silu);
+            if (whole == some) continue;
+            conv_positions<L>(Rows<T>{stage + whole, staged.pitch}, Rows<T>{(T*)part, L::W}, positions, L::W,
+                              taps + (c + whole) * (width + 1), width, call.silu);
+            store_rows<L>(part, 0, call.y, batch, begin, positions, c + whole, some - whole);
+          }
+        };
+        by_stage(0, direct, early);
+        if (direct > 0 && early < count) {
+          const Rows<M> x{(M*)call.x.data + batch * call.x.stride[0] + begin * call.x.stride[1], call.x.stride[1]};
+          conv_positions<L>(Rows<M>{x.at(early - history), x.pitch}, Rows<M>{y.at(early), y.pitch}, count - early,
+                            direct, taps, width, call.silu);
         }
-      };
-      by_stage(0, direct, early);
-      if (direct > 0 && early < count) {
-        const Rows<M> x{(M*)call.x.data + batch * call.x.stride[0] + begin * call.x.stride[1], call.x.stride[1]};
-        conv_positions<L>(Rows<M>{x.at(early - history), x.pitch}, Rows<M>{y.at(early), y.pitch}, count - early, direct,
-                          taps, width, call.silu);
-      }
-      by_stage(direct, channels, count);
-    });
+        by_stage(direct, channels, count);
+      });
     if (!piece.last) continue;
     for (int64_t c = 0; c < channels; c += L::W) {  // the next call's initial state
       const int64_t sequence = call.packed ? piece.sequence : batch;
@@ -221,7 +223,8 @@ template <class L, int R, int Width, bool Silu, class M, class Y>
 JT_INLINE void conv_tile_backward(const M* x, int64_t x_pitch, const M* g, int64_t g_pitch, const typename L::T* more,
                                   Y* dx, int64_t dx_pitch, int64_t channels, ConvSums<typename L::T> sums) {
   using V = typename L::V;
-  constexpr int kWidth = Width > 0 ? Width : kMaxWidth, kHistory = Width > 0 ? Width - 1 : 0, kRows = Width > 0 ? R + Width - 1 : 0;
+  constexpr int kWidth = Width > 0 ? Width : kMaxWidth, kHistory = Width > 0 ? Width - 1 : 0,
+                kRows = Width > 0 ? R + Width - 1 : 0;
   const int64_t width = Width > 0 ? Width : sums.width, history = width - 1;
   for (int64_t c = 0; c < channels; c += L::W) {
     V row[R + kWidth - 1], dpre[R + kWidth - 1], grad[R], total = {};
@@ -263,9 +266,9 @@ void conv_positions_backward(Rows<M> x, Rows<M> g, const typename L::T* more, Ro
   with_width<L>(sums.width, [&]<int Width>() {
     const auto run = [&]<bool Silu>() {
       const auto tile = [&]<int R>(int64_t t) {
-        conv_tile_backward<L, R, R == 1 ? 0 : Width, Silu>(
-            x.at(t), x.pitch, g.at(t), g.pitch, more == nullptr ? nullptr : more + t * kStagedChannels, dx.at(t),
-            dx.pitch, channels, sums);
+        conv_tile_backward<L, R, R == 1 ? 0 : Width, Silu>(x.at(t), x.pitch, g.at(t), g.pitch,
+                                                           more == nullptr ? nullptr : more + t * kStagedChannels,
+                                                           dx.at(t), dx.pitch, channels, sums);
       };
       int64_t t = count;
       while (t % kConvTile != 0) tile.template operator()<1>(--t);
@@ -317,40 +320,41 @@ void conv_backward(const ConvCall& call, int64_t task_begin, int64_t task_end) {
                        piece.end - from, c0 + c, channels - c, kPitch / L::W);
         }
       }
-      if (count > 0) with_input_type<T>(call.dx.dtype, [&](auto* type) {
-        using M = Pointee<decltype(type)>;
-        const auto rows_of = [&](const Array& array) {
-          return Rows<M>{(M*)array.data + batch * array.stride[0] + begin * array.stride[1] + c0 * array.stride[2],
-                         array.stride[1]};
-        };
-        const Rows<M> dx = rows_of(call.dx);
-        const auto by_stage = [&](int64_t from, int64_t to, int64_t positions) {
-          if (from >= to || positions <= 0) return;
-          stage_rows<L>(stage_x, call, call.x, call.initial_state, piece, batch, begin - history, history + positions,
-                        c0 + from, to - from);
-          stage_rows<L>(stage_g, call, call.grad_y, none, piece, batch, begin, positions, c0 + from, to - from);
-          const int64_t whole = (to - from) / L::W * L::W, c = from + whole;
-          conv_positions_backward<L>(Rows<T>{stage_x, kPitch}, Rows<T>{stage_g, kPitch},
-                                     more == nullptr ? nullptr : more + from, Rows<M>{dx.data + from, dx.pitch},
-                                     positions, whole, sums.at(from), call.silu);
-          if (c == to) return;
-          conv_positions_backward<L>(Rows<T>{stage_x + whole, kPitch}, Rows<T>{stage_g + whole, kPitch},
-                                     more == nullptr ? nullptr : more + c, Rows<T>{(T*)part, L::W}, positions, L::W,
-                                     sums.at(c), call.silu);
-          store_rows<L>(part, 0, call.dx, batch, begin, positions, c0 + c, to - c);
-        };
-        // Whole tiles that reach back before the sequence's start go by the stage.
-        int64_t early = piece.sequence_begin + history - begin;
-        early = early > 0 ? smaller((early + kConvTile - 1) / kConvTile * kConvTile, count) : 0;
-        if (direct > 0 && early < count) {
-          const Rows<M> x = rows_of(call.x), g = rows_of(call.grad_y);
-          conv_positions_backward<L>(Rows<M>{x.at(early - history), x.pitch}, Rows<M>{g.at(early), g.pitch},
-                                     more == nullptr ? nullptr : more + early * kPitch,
-                                     Rows<M>{dx.at(early), dx.pitch}, count - early, direct, sums, call.silu);
-        }
-        by_stage(0, direct, early);
-        by_stage(direct, channels, count);
-      });
+      if (count > 0)
+        with_input_type<T>(call.dx.dtype, [&](auto* type) {
+          using M = Pointee<decltype(type)>;
+          const auto rows_of = [&](const Array& array) {
+            return Rows<M>{(M*)array.data + batch * array.stride[0] + begin * array.stride[1] + c0 * array.stride[2],
+                           array.stride[1]};
+          };
+          const Rows<M> dx = rows_of(call.dx);
+          const auto by_stage = [&](int64_t from, int64_t to, int64_t positions) {
+            if (from >= to || positions <= 0) return;
+            stage_rows<L>(stage_x, call, call.x, call.initial_state, piece, batch, begin - history, history + positions,
+                          c0 + from, to - from);
+            stage_rows<L>(stage_g, call, call.grad_y, none, piece, batch, begin, positions, c0 + from, to - from);
+            const int64_t whole = (to - from) / L::W * L::W, c = from + whole;
+            conv_positions_backward<L>(Rows<T>{stage_x, kPitch}, Rows<T>{stage_g, kPitch},
+                                       more == nullptr ? nullptr : more + from, Rows<M>{dx.data + from, dx.pitch},
+                                       positions, whole, sums.at(from), call.silu);
+            if (c == to) return;
+            conv_positions_backward<L>(Rows<T>{stage_x + whole, kPitch}, Rows<T>{stage_g + whole, kPitch},
+                                       more == nullptr ? nullptr : more + c, Rows<T>{(T*)part, L::W}, positions, L::W,
+                                       sums.at(c), call.silu);
+            store_rows<L>(part, 0, call.dx, batch, begin, positions, c0 + c, to - c);
+          };
+          // Whole tiles that reach back before the sequence's start go by the stage.
+          int64_t early = piece.sequence_begin + history - begin;
+          early = early > 0 ? smaller((early + kConvTile - 1) / kConvTile * kConvTile, count) : 0;
+          if (direct > 0 && early < count) {
+            const Rows<M> x = rows_of(call.x), g = rows_of(call.grad_y);
+            conv_positions_backward<L>(Rows<M>{x.at(early - history), x.pitch}, Rows<M>{g.at(early), g.pitch},
+                                       more == nullptr ? nullptr : more + early * kPitch,
+                                       Rows<M>{dx.at(early), dx.pitch}, count - early, direct, sums, call.silu);
+          }
+          by_stage(0, direct, early);
+          by_stage(direct, channels, count);
+        });
       if (!piece.first || call.dinitial_state.data == nullptr) continue;
       for (int64_t c = 0; c < channels; c += L::W) {
         load_rows<L>(final_grad, 0, call.grad_final_state, sequence, 0, history, c0 + c, channels - c);

@@ -34,10 +34,19 @@ void sum_terms(const SumCall& call, int64_t task_begin, int64_t task_end) {
 
 template <class T>
 constexpr KernelSet kernel_set() {
-  return {&scan_forward<Lanes<T>>,  &scan_backward<Lanes<T>>, &scan_step<Lanes<T>>, &conv_forward<Lanes<T>>,
-          &conv_backward<Lanes<T>>, &conv_step<Lanes<T>>,     &sum_terms<Lanes<T>>,
-          &route_forward<Lanes<T>>, &route_backward<Lanes<T>>, &expert_activate<Lanes<T>>,
-          &expert_activate_backward<Lanes<T>>, &combine_slots<Lanes<T>>, &expert_matvec<Lanes<T>>};
+  return {&scan_forward<Lanes<T>>,
+          &scan_backward<Lanes<T>>,
+          &scan_step<Lanes<T>>,
+          &conv_forward<Lanes<T>>,
+          &conv_backward<Lanes<T>>,
+          &conv_step<Lanes<T>>,
+          &sum_terms<Lanes<T>>,
+          &route_forward<Lanes<T>>,
+          &route_backward<Lanes<T>>,
+          &expert_activate<Lanes<T>>,
+          &expert_activate_backward<Lanes<T>>,
+          &combine_slots<Lanes<T>>,
+          &expert_matvec<Lanes<T>>};
 }
 
 }  // namespace JT_ISA

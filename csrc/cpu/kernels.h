@@ -75,7 +75,7 @@ struct ConvCall {
   bool packed;
   const Piece* pieces;
   int64_t piece_count;
-  int64_t max_piece;  // positions of the longest piece
+  int64_t max_piece;       // positions of the longest piece
   int64_t groups;          // tasks of one batch entry: pieces forward, groups of channels backward
   int64_t group_channels;  // backward
   bool silu;
@@ -157,9 +157,9 @@ struct Segment {
 struct MatvecCall {
   int64_t batch, groups;  // segments, blocks of outputs
   const Segment* segments;
-  int64_t block;          // outputs of one task
+  int64_t block;  // outputs of one task
   int64_t inner, outputs;
-  bool activate;          // out is act of outputs j and, for swiglu, outputs + j
+  bool activate;  // out is act of outputs j and, for swiglu, outputs + j
   Activation activation;
   Array w;        // (experts, outputs or 2 * outputs, inner)
   const void* x;  // T (rows, inner)

@@ -81,8 +81,8 @@ struct Lanes {
     return total;
   }
 #if defined(JT_AVX512)
-  // What common/math.h uses where it is there: x rounded to an integer n, the rest x - n (0 for an infinite x), p * 2^n;
-  // 1 / x to about the last bit, from 14 bits and one Newton step.
+  // What common/math.h uses where it is there: x rounded to an integer n, the rest x - n (0 for an infinite x), p *
+  // 2^n; 1 / x to about the last bit, from 14 bits and one Newton step.
   static JT_INLINE V round(V x)
     requires(sizeof(T) == 4)
   {
@@ -268,7 +268,8 @@ JT_INLINE typename L::V load_as(const M* from) {
     return L::load(from);
   } else if constexpr (kSame<M, BFloat16> && kSame<typename L::T, float>) {
 #if defined(JT_AVX512)
-    return (V)_mm512_maskz_slli_epi32(-1, _mm512_maskz_cvtepu16_epi32(-1, _mm256_loadu_si256((const __m256i*)from)), 16);
+    return (V)_mm512_maskz_slli_epi32(-1, _mm512_maskz_cvtepu16_epi32(-1, _mm256_loadu_si256((const __m256i*)from)),
+                                      16);
 #else
     typedef uint16_t Half __attribute__((vector_size(L::W * 2)));
     Half bits;

@@ -1,5 +1,5 @@
 // The native mixture-of-experts ops: routing, and the experts' MLP around PyTorch's own matrix products.
-// Schemas in registration.cpp; what is not a matrix product is in moe_kernel.h.
+// Schemas in schemas.h; what is not a matrix product is in moe_kernel.h.
 #include <algorithm>
 #include <array>
 #include <cstring>

@@ -233,8 +233,8 @@ void combine_slots(const CombineCall& call, int64_t begin, int64_t end) {
 
 // out[r] = <x[r], w[expert, j]> for a few rows r of x, w[expert, j] read once.
 template <class L, int Rows>
-JT_INLINE void dot_rows(const Array& w, int64_t expert, int64_t j, const typename L::T* x, int64_t pitch,
-                        int64_t inner, typename L::T* out) {
+JT_INLINE void dot_rows(const Array& w, int64_t expert, int64_t j, const typename L::T* x, int64_t pitch, int64_t inner,
+                        typename L::T* out) {
   using T = typename L::T;
   using V = typename L::V;
   constexpr int kAhead = 4;  // independent sums: the additions' latency is not waited for

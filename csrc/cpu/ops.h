@@ -54,8 +54,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(const Tensor& grad_y
                                                             const Tensor& weights, const Tensor& experts,
                                                             const Tensor& order, const Tensor& offsets,
                                                             const Tensor& w_in, const Tensor& w_out,
-                                                            const Tensor& preactivation,
-                                                            const std::string& activation);
+                                                            const Tensor& preactivation, const std::string& activation);
 
 // Does nothing and returns nothing: what a call costs before any work.
 void empty_op(const Tensor& x);

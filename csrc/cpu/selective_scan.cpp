@@ -1,5 +1,5 @@
 // The native selective_scan ops: tensors to arrays, threads, and the sums that the kernels leave to a fixed order.
-// Schemas in registration.cpp; the kernels in selective_scan_kernel.h.
+// Schemas in schemas.h; the kernels in selective_scan_kernel.h.
 #include <algorithm>
 #include <tuple>
 
@@ -10,8 +10,8 @@
 namespace jambatalk {
 namespace {
 
-// As in jambatalk_kernels/selective_scan/op.py (_native_chunk_states). Growing with `states` keeps the saved states within a
-// quarter of the size of u.
+// As in jambatalk_kernels/selective_scan/op.py (_native_chunk_states). Growing with `states` keeps the saved states
+// within a quarter of the size of u.
 int64_t chunk_length(int64_t states) { return std::max<int64_t>(64, 4 * states); }
 
 // What the op and its gradient have in common.
@@ -107,8 +107,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   call.chunk_states = const_cast<void*>(chunk_states.const_data_ptr());
 
   Tensor du = new_tensor(u.scalar_type(), {b, l, c}), ddelta = new_tensor(delta.scalar_type(), {b, l, c});
-  Tensor dz = new_gradient(z, type, {b, l, c});
-  Tensor dinitial_state = new_gradient(initial_state, type, {sequences, c, n});
+  Tensor dz = new_gradient(z, u.scalar_type(), {b, l, c});
+  Tensor dinitial_state = new_gradient(initial_state, u.scalar_type(), {sequences, c, n});
   call.du = as_array("du", du, {b, l, c});
   call.ddelta = as_array("ddelta", ddelta, {b, l, c});
   if (z.has_value()) call.dz = as_array("dz", dz, {b, l, c});
@@ -132,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 
   Tensor dA = new_tensor(A.scalar_type(), {c, n});
   sum_over_batch(dA_partial, dA);
-  Tensor dD = new_gradient(D, type, {c}), dbias = new_gradient(delta_bias, type, {c});
+  Tensor dD = new_gradient(D, u.scalar_type(), {c}), dbias = new_gradient(delta_bias, u.scalar_type(), {c});
   if (D.has_value()) sum_over_batch(dD_partial, dD);
   if (delta_bias.has_value()) sum_over_batch(dbias_partial, dbias);
   Tensor dB = sum_groups(dBC_partial, 0, n, B.scalar_type()), dC = sum_groups(dBC_partial, n, n, C.scalar_type());

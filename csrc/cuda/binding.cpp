@@ -190,7 +190,8 @@ const int32_t* bounds_pointer(const Tensor& bounds) {
   return bounds.numel() > 0 ? static_cast<const int32_t*>(bounds.const_data_ptr()) : nullptr;
 }
 
-// As in jambatalk_kernels/selective_scan/op.py (_native_chunk_states). Longer chunks would save less and recompute more.
+// As in jambatalk_kernels/selective_scan/op.py (_native_chunk_states). Longer chunks would save less and recompute
+// more.
 int64_t chunk_length(int64_t states) { return (states + 63) / 64 * 64; }
 int64_t padded_channels(int64_t channels) { return (channels + 15) / 16 * 16; }
 int64_t chunks_of(const ScanCall& scan) { return scan.length > 0 ? (scan.length - 1) / scan.chunk : 0; }
@@ -286,9 +287,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 
   Tensor du = call.create(u.scalar_type(), {b, l, c}), ddelta = call.create(delta.scalar_type(), {b, l, c});
   Tensor dA = call.create(A.scalar_type(), {c, n}), dB = call.create(B.scalar_type(), {b, l, n});
-  Tensor dC = call.create(C.scalar_type(), {b, l, n}), dD = call.gradient(D, type, {c});
-  Tensor dz = call.gradient(z, type, {b, l, c}), ddelta_bias = call.gradient(delta_bias, type, {c});
-  Tensor dinitial_state = call.gradient(initial_state, type, {scan.sequences, c, n});
+  Tensor dC = call.create(C.scalar_type(), {b, l, n}), dD = call.gradient(D, u.scalar_type(), {c});
+  Tensor dz = call.gradient(z, u.scalar_type(), {b, l, c}),
+         ddelta_bias = call.gradient(delta_bias, u.scalar_type(), {c});
+  Tensor dinitial_state = call.gradient(initial_state, u.scalar_type(), {scan.sequences, c, n});
   scan.du = call.array("du", du, {b, l, c});
   scan.ddelta = call.array("ddelta", ddelta, {b, l, c});
   scan.dA = call.array("dA", dA, {c, n});
@@ -357,8 +359,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(
   conv.grad_y = call.array("grad_y", grad_y, {b, l, c});
   conv.grad_final_state = call.array("grad_final_state", grad_final_state, {conv.sequences, width - 1, c});
   Tensor dx = call.create(x.scalar_type(), {b, l, c}), dweight = call.create(weight.scalar_type(), {c, width});
-  Tensor dbias = call.gradient(bias, type, {c});
-  Tensor dinitial_state = call.gradient(initial_state, type, {conv.sequences, width - 1, c});
+  Tensor dbias = call.gradient(bias, x.scalar_type(), {c});
+  Tensor dinitial_state = call.gradient(initial_state, x.scalar_type(), {conv.sequences, width - 1, c});
   conv.dx = call.array("dx", dx, {b, l, c});
   conv.dweight = call.array("dweight", dweight, {c, width});
   conv.dbias = call.gradient_array(bias, dbias, {c});

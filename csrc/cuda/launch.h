@@ -55,7 +55,8 @@ struct ScanCall {  // what forward and backward share
   bool softplus;
   Array u, delta, A, B, C, D, z, delta_bias, initial_state;
   const int32_t* bounds;
-  void* chunk_states;  // the state at the start of every chunk but the first, in the compute type; null where nobody wants it
+  void* chunk_states;  // the state at the start of every chunk but the first, in the compute type; null where nobody
+                       // wants it
   void* workspace;
   Device device;
 };

@@ -386,7 +386,9 @@ const char* run_forward(const ScanForward& call) {
 
 // One position. A group of lanes, a power of two, takes the states of one channel, neighbours in memory by neighbouring
 // lanes: the state is read and written once, coalesced. 2 * batch * channels * states numbers of state move, which
-// binds; for few of them the latency of one pass through memory. budget: registers <= 64, spills 0, shared <= 0
+// binds; for few of them the latency of one pass through memory.
+//
+// budget: registers <= 64, spills 0, shared <= 0
 template <class T>
 __global__ void __launch_bounds__(kScanThreads) scan_step_kernel(const ScanStep call, int lanes) {
   const int64_t index = (int64_t(blockIdx.x) * kScanThreads + threadIdx.x) / lanes;

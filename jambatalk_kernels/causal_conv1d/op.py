@@ -215,7 +215,7 @@ def _fake_conv_step(state, x, weight, bias, silu):
     return x.new_empty(x.shape)
 
 
-# The schemas of csrc/registration.cpp, for the ops that Triton's launchers become; a test compares the two.
+# The schemas of csrc/schemas.h, for the ops that Triton's launchers become; a test compares the two.
 SCHEMAS = (
     "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, bool silu) "
     "-> (Tensor y, Tensor final_state)",

@@ -227,7 +227,7 @@ def _fake_mlp_backward(grad_y, x, weights, experts, order, offsets, w_in, w_out,
     return tuple(tensor.new_empty(tensor.shape) for tensor in (x, weights, w_in, w_out))
 
 
-# The schemas of csrc/registration.cpp, for the ops that Triton's launchers become; a test compares the two.
+# The schemas of csrc/schemas.h, for the ops that Triton's launchers become; a test compares the two.
 SCHEMAS = (
     "moe_route(Tensor logits, int top_k, bool renormalize) "
     "-> (Tensor weights, Tensor experts, Tensor probabilities, Tensor order, Tensor offsets)",

@@ -256,7 +256,7 @@ def _fake_scan_step(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
     return u.new_empty(u.shape)
 
 
-# The schemas of csrc/registration.cpp, for the ops that Triton's launchers become; a test compares the two.
+# The schemas of csrc/schemas.h, for the ops that Triton's launchers become; a test compares the two.
 SCHEMAS = (
     "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
     "Tensor? initial_state, Tensor? cu_seqlens, bool delta_softplus, bool save_states) "
