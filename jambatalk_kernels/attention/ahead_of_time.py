@@ -22,6 +22,7 @@ SIZES = (
     (torch.bfloat16, 1, 600, 8, 1, 64, dict(causal=False, interleaved=True)),
     (torch.bfloat16, 1, 4096, 8, 2, 64, dict(causal=True, window=512, packed=True)),
     (torch.float16, 1, 40, 2, 2, 80, dict(causal=True)),  # one tile of queries; the head is padded
+    (torch.bfloat16, 1, 1, 1, 1, 16, dict(causal=True, window=1)),  # sizes of 1 are constants to the compiler
     (torch.float32, 1, 600, 8, 1, 64, dict(causal=True)),
     (torch.float32, 1, 600, 4, 4, 256, dict(causal=True)),
 )
@@ -32,6 +33,7 @@ STEPS = (
     (torch.bfloat16, 1, 8, 1, 64, 600, None),
     (torch.bfloat16, 64, 4, 4, 256, 600, 600),
     (torch.float32, 1, 8, 8, 64, 600, None),
+    (torch.float16, 1, 1, 1, 16, 1, 1),
 )
 
 
@@ -46,7 +48,8 @@ def _run(dtype, batch, length, heads, kv_heads, head_dim, options) -> None:
         options.get("interleaved", False),
         torch.empty(5, dtype=torch.int32) if options.get("packed") else None,
     )
-    kernels.attention_forward(q, k, v, cos, sin, *masks, True)
+    y, logsumexp = kernels.attention_forward(q, k, v, cos, sin, *masks, True)
+    kernels.attention_backward(y, q, k, v, cos, sin, y, logsumexp, *masks)
 
 
 def _run_step(dtype, batch, heads, kv_heads, head_dim, capacity, window) -> None:

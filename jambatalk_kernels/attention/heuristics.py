@@ -24,6 +24,7 @@ MAX_HEAD_DIM = 256
 ROTATE_ON_LOAD_TILES = 2
 
 _LARGE_SHARED = ((8, 0), (9, 0), (10, 0))  # more than 99 KB of shared memory for one program
+_WARP_GROUPS = ((9, 0), (10, 0))  # matrix instructions that read both operands from shared memory
 
 
 class Tile(NamedTuple):
@@ -82,6 +83,7 @@ def forward_plan(length: int, group: int, groups: int, head_dim: int, itemsize: 
 
 def backward_plan(length: int, group: int, groups: int, head_dim: int, itemsize: int, device: Device) -> BackwardPlan:
     width = padded_head_dim(head_dim)
+    warp_groups = device.capability in _WARP_GROUPS
     if itemsize == 4:
         if width <= 64:
             queries, keys = Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)
@@ -90,11 +92,13 @@ def backward_plan(length: int, group: int, groups: int, head_dim: int, itemsize:
     elif width <= 64:
         queries, keys = Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)
     elif width == 128:
-        queries, keys = Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)
+        queries, keys = (
+            (Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)) if warp_groups else (Tile(64, 64, 8, 1), Tile(64, 64, 8, 1))
+        )
     else:
-        queries, keys = Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)
+        queries, keys = Tile(128, 32, 8, 1) if warp_groups else Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)
     held = keys.block_n
-    while held > 32 and (_cdiv(length, held) * groups < device.multiprocessors or held >= 2 * length):
+    while held > 32 and (_cdiv(length, held) * groups * group < device.multiprocessors or held >= 2 * length):
         held //= 2
     held = max(16, min(held, next_power_of_2(length)))
     splits = 1

@@ -43,9 +43,10 @@ from jambatalk_kernels.attention import heuristics
 from jambatalk_kernels.attention.heuristics import Device
 from jambatalk_kernels.moe.interpreter import dot, rounded
 
-__all__ = ["attention_forward"]
+__all__ = ["attention_backward", "attention_forward"]
 
 LOG2_E = 1.4426950408889634
+_LOG2_E = tl.constexpr(LOG2_E)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -312,6 +313,258 @@ def _forward_kernel(
         tl.store(logsumexp + (batch * kv_heads * GROUP + head) * length + position, value, mask=inside)
 
 
+# ---- backward -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _query_gradient_tiles(
+    queries, grads, total, logsumexp, delta, low, high, begin, end, k, v, length, features, scale,
+    k_t, v_t, v_d,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    n = tl.arange(0, BLOCK_N)
+    k_offsets = n.to(tl.int64) * k_t
+    v_offsets = n.to(tl.int64) * v_t
+    for start in range(begin, end, BLOCK_N):
+        first = tl.cast(start, tl.int64)
+        key = start + n
+        inside = key < length
+        keys = _load_rows(k + first * k_t + k_offsets, 1, inside, features, MASKED, EVEN_D, BLOCK_D)
+        values = _load_rows(v + first * v_t + v_offsets, v_d, inside, features, MASKED, EVEN_D, BLOCK_D)
+        scores = tl.zeros((queries.shape[0], BLOCK_N), tl.float32)
+        scores = dot(queries, tl.trans(keys), scores, PRECISION) * scale - logsumexp[:, None]
+        if MASKED:
+            seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
+            scores = tl.where(seen, scores, -float("inf"))
+        weights = tl.exp2(scores)
+        slopes = tl.zeros((queries.shape[0], BLOCK_N), tl.float32)
+        slopes = dot(grads, tl.trans(values), slopes, PRECISION)
+        slopes = weights * (slopes - delta[:, None])
+        total = dot(rounded(slopes, keys.dtype), keys, total, PRECISION)
+    return total
+
+
+@triton.jit
+def _query_gradient_kernel(
+    q, k, v, grad_y, logsumexp, delta, starts, stops, grad_q,
+    length, kv_heads, features, groups, tiles, window, scale,
+    v_b, v_t, v_h, v_d, grad_b, grad_t, grad_h, grad_d,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """grad_q (batch, length, heads, head_dim) float32: of the rotated queries. q and k are rotated and contiguous;
+    scale is in units of log2."""
+    program = tl.program_id(0)
+    tile = tiles - 1 - program // groups
+    batch = (program % groups // kv_heads).to(tl.int64)
+    kv_head = (program % groups % kv_heads).to(tl.int64)
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = row < length * GROUP
+    row = tl.minimum(row, length * GROUP - 1)
+    position = row // GROUP
+    head = kv_head * GROUP + row % GROUP
+    heads = kv_heads * GROUP
+    q_rows = ((batch * length + position) * heads + head) * features
+    queries = _load_rows(q + q_rows, 1, inside, features, True, EVEN_D, BLOCK_D)
+    grads = _load_rows(
+        grad_y + batch * grad_b + position.to(tl.int64) * grad_t + head * grad_h, grad_d, inside, features,
+        True, EVEN_D, BLOCK_D,
+    )  # fmt: skip
+    at = (batch * heads + head) * length + position
+    total = tl.load(logsumexp + at) * _LOG2_E
+    row_logsumexp = tl.where(total == -float("inf"), 0.0, total)  # of a row that sees nothing: all is masked
+    row_delta = tl.load(delta + at)
+    low, high = _visible_keys(position, starts, stops, length, window, CAUSAL, WINDOW, PACKED)
+    begin = tl.min(low, 0) // BLOCK_N * BLOCK_N
+    end = tl.max(high, 0)
+    whole = tl.cdiv(tl.max(low, 0), BLOCK_N) * BLOCK_N
+    whole_end = tl.min(high, 0) // BLOCK_N * BLOCK_N
+    k += (batch * length * kv_heads + kv_head) * features
+    k_t = tl.cast(kv_heads, tl.int64) * features
+    v += batch * v_b + kv_head * v_h
+    total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if WINDOW or PACKED:
+        total = _query_gradient_tiles(
+            queries, grads, total, row_logsumexp, row_delta, low, high, begin, tl.minimum(whole, end),
+            k, v, length, features, scale, k_t, v_t, v_d, True, PRECISION, EVEN_D, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    total = _query_gradient_tiles(
+        queries, grads, total, row_logsumexp, row_delta, low, high, whole, whole_end,
+        k, v, length, features, scale, k_t, v_t, v_d, False, PRECISION, EVEN_D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    total = _query_gradient_tiles(
+        queries, grads, total, row_logsumexp, row_delta, low, high, tl.maximum(whole, whole_end), end,
+        k, v, length, features, scale, k_t, v_t, v_d, True, PRECISION, EVEN_D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    f = tl.arange(0, BLOCK_D)
+    mask = inside[:, None] & (f < features)[None, :]
+    tl.store(grad_q + q_rows[:, None] + f[None, :], total * (scale * _LN_2), mask=mask)
+
+
+@triton.jit
+def _key_gradient_tiles(
+    keys, values, grad_k, grad_v, low, high, begin, end, q, grad_y, logsumexp, delta, length, features, scale,
+    q_t, grad_t, grad_h, grad_d,
+    HEADS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Rows begin, begin + BLOCK_M, ... < end; row r is position r // HEADS of head r % HEADS."""
+    m = tl.arange(0, BLOCK_M)
+    for start in range(begin, end, BLOCK_M):
+        row = start + m
+        position = row // HEADS
+        head = (row % HEADS).to(tl.int64)
+        inside = position < length
+        wide = position.to(tl.int64)
+        queries = _load_rows(q + wide * q_t + head * features, 1, inside, features, MASKED, EVEN_D, BLOCK_D)
+        grads = _load_rows(grad_y + wide * grad_t + head * grad_h, grad_d, inside, features, MASKED, EVEN_D, BLOCK_D)
+        at = head * length + position
+        row_logsumexp = tl.load(logsumexp + at, mask=inside, other=0.0) * _LOG2_E
+        row_delta = tl.load(delta + at, mask=inside, other=0.0)
+        scores = tl.zeros((keys.shape[0], BLOCK_M), tl.float32)
+        scores = dot(keys, tl.trans(queries), scores, PRECISION) * scale - row_logsumexp[None, :]
+        if MASKED:
+            seen = (position[None, :] >= low[:, None]) & (position[None, :] < high[:, None])
+            scores = tl.where(seen, scores, -float("inf"))
+        weights = tl.exp2(scores)
+        grad_v = dot(rounded(weights, grads.dtype), grads, grad_v, PRECISION)
+        slopes = tl.zeros((keys.shape[0], BLOCK_M), tl.float32)
+        slopes = dot(values, tl.trans(grads), slopes, PRECISION)
+        slopes = weights * (slopes - row_delta[None, :])
+        grad_k = dot(rounded(slopes, queries.dtype), queries, grad_k, PRECISION)
+    return grad_k, grad_v
+
+
+@triton.jit
+def _key_gradient_kernel(
+    q, k, v, grad_y, logsumexp, delta, starts, stops, grad_k, grad_v,
+    length, kv_heads, features, groups, tiles, window, scale, part,
+    v_b, v_t, v_h, v_d, grad_b, grad_t, grad_h, grad_d,
+    HEADS: tl.constexpr, SPLITS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """grad_k, grad_v (SPLITS, batch, length, kv_heads, head_dim): a split's HEADS query heads of each group; `part`
+    elements from one to the next. grad_k is of the rotated keys. q and k are rotated and contiguous."""
+    program = tl.program_id(0)
+    tile = program // (groups * SPLITS)  # with causal masks the first keys are seen by the most queries
+    split = (program // groups % SPLITS).to(tl.int64)
+    batch = (program % groups // kv_heads).to(tl.int64)
+    kv_head = (program % groups % kv_heads).to(tl.int64)
+    key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = key < length
+    key = tl.minimum(key, length - 1)
+    k_rows = ((batch * length + key) * kv_heads + kv_head) * features
+    keys = _load_rows(k + k_rows, 1, inside, features, True, EVEN_D, BLOCK_D)
+    values = _load_rows(
+        v + batch * v_b + key.to(tl.int64) * v_t + kv_head * v_h, v_d, inside, features, True, EVEN_D, BLOCK_D
+    )
+    low, high = _seeing_queries(key, starts, stops, length, window, CAUSAL, WINDOW, PACKED)
+    low = tl.where(inside, low, length)  # keys past the end are seen by none, so no tile is whole for them
+    begin = tl.min(low, 0) * HEADS // BLOCK_M * BLOCK_M
+    end = tl.max(high, 0) * HEADS
+    whole = tl.cdiv(tl.max(low, 0) * HEADS, BLOCK_M) * BLOCK_M
+    whole_end = tl.min(high, 0) * HEADS // BLOCK_M * BLOCK_M
+    heads = tl.cast(kv_heads, tl.int64) * (HEADS * SPLITS)
+    head = kv_head * (HEADS * SPLITS) + split * HEADS
+    q += (batch * length * heads + head) * features
+    grad_y += batch * grad_b + head * grad_h
+    logsumexp += (batch * heads + head) * length
+    delta += (batch * heads + head) * length
+    q_t = heads * features
+    total_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    total_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    total_k, total_v = _key_gradient_tiles(
+        keys, values, total_k, total_v, low, high, begin, tl.minimum(whole, end), q, grad_y, logsumexp, delta,
+        length, features, scale, q_t, grad_t, grad_h, grad_d, HEADS, True, PRECISION, EVEN_D, BLOCK_M, BLOCK_D,
+    )  # fmt: skip
+    total_k, total_v = _key_gradient_tiles(
+        keys, values, total_k, total_v, low, high, whole, whole_end, q, grad_y, logsumexp, delta,
+        length, features, scale, q_t, grad_t, grad_h, grad_d, HEADS, False, PRECISION, EVEN_D, BLOCK_M, BLOCK_D,
+    )  # fmt: skip
+    total_k, total_v = _key_gradient_tiles(
+        keys, values, total_k, total_v, low, high, tl.maximum(whole, whole_end), end, q, grad_y, logsumexp, delta,
+        length, features, scale, q_t, grad_t, grad_h, grad_d, HEADS, True, PRECISION, EVEN_D, BLOCK_M, BLOCK_D,
+    )  # fmt: skip
+    f = tl.arange(0, BLOCK_D)
+    mask = inside[:, None] & (f < features)[None, :]
+    at = split * part + k_rows[:, None] + f[None, :]
+    tl.store(grad_k + at, total_k * (scale * _LN_2), mask=mask)
+    tl.store(grad_v + at, rounded(total_v, grad_v.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_pairs(rows, a, b, inside, half, INTERLEAVED: tl.constexpr):
+    """rows: pointers to the first feature of each, contiguous."""
+    kind = rows.dtype.element_ty
+    if INTERLEAVED:
+        f = tl.arange(0, 2 * a.shape[1])
+        mask = inside[:, None] & (f < 2 * half)[None, :]
+        tl.store(rows[:, None] + f[None, :], rounded(_together(a, b), kind), mask=mask)
+    else:
+        f = tl.arange(0, a.shape[1])
+        mask = inside[:, None] & (f < half)[None, :]
+        tl.store(rows[:, None] + f[None, :], rounded(a, kind), mask=mask)
+        tl.store(rows[:, None] + (half + f)[None, :], rounded(b, kind), mask=mask)
+
+
+@triton.jit
+def _turn_back(
+    x_rows, x_d, grad_rows, part, grad_x_rows, c, s, inside, half,
+    PARTS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Stores the gradient of x from that of x rotated, in PARTS; -> the gradients of cos and sin."""
+    x_a, x_b = _load_pairs(x_rows, x_d, inside, half, INTERLEAVED, BLOCK_H)
+    a, b = _load_pairs(grad_rows, 1, inside, half, True, BLOCK_H)
+    for i in range(1, PARTS):
+        more_a, more_b = _load_pairs(grad_rows + tl.cast(i, tl.int64) * part, 1, inside, half, True, BLOCK_H)
+        a += more_a
+        b += more_b
+    _store_pairs(grad_x_rows, c * a + s * b, c * b - s * a, inside, half, INTERLEAVED)
+    return a * x_a + b * x_b, b * x_a - a * x_b
+
+
+@triton.jit
+def _turn_back_kernel(
+    q, k, cos, sin, grad_q_rotated, grad_k_rotated, grad_q, grad_k, grad_cos, grad_sin,
+    length, kv_heads, half, tiles, part,
+    q_b, q_t, q_h, q_d, k_b, k_t, k_h, k_d, cos_b, cos_t, cos_h, cos_d, sin_b, sin_t, sin_h, sin_d,
+    GROUP: tl.constexpr, SPLITS: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Some positions of a key head and of its query heads. grad_cos, grad_sin (batch, length, kv_heads, half)."""
+    program = tl.program_id(0)
+    kv_head = (program // tiles % kv_heads).to(tl.int64)
+    batch = (program // tiles // kv_heads).to(tl.int64)
+    position = (program % tiles * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    inside = position < length
+    c = _load_table(
+        cos + batch * cos_b, (cos_b, cos_t, cos_h, cos_d), position, kv_head, inside, half, BLOCK_H
+    )  # fmt: skip
+    s = _load_table(
+        sin + batch * sin_b, (sin_b, sin_t, sin_h, sin_d), position, kv_head, inside, half, BLOCK_H
+    )  # fmt: skip
+    at = ((batch * length + position) * kv_heads + kv_head) * (2 * half)
+    total_c, total_s = _turn_back(
+        k + batch * k_b + position * k_t + kv_head * k_h, k_d, grad_k_rotated + at, part, grad_k + at,
+        c, s, inside, half, SPLITS, INTERLEAVED, BLOCK_H,
+    )  # fmt: skip
+    for g in range(GROUP):
+        head = kv_head * GROUP + g
+        at = ((batch * length + position) * (kv_heads * GROUP) + head) * (2 * half)
+        more_c, more_s = _turn_back(
+            q + batch * q_b + position * q_t + head * q_h, q_d, grad_q_rotated + at, part, grad_q + at,
+            c, s, inside, half, 1, INTERLEAVED, BLOCK_H,
+        )  # fmt: skip
+        total_c += more_c
+        total_s += more_s
+    f = tl.arange(0, BLOCK_H)
+    at = ((batch * length + position) * kv_heads + kv_head)[:, None] * half + f[None, :]
+    mask = inside[:, None] & (f < half)[None, :]
+    tl.store(grad_cos + at, total_c, mask=mask)
+    tl.store(grad_sin + at, total_s, mask=mask)
+
+
 # ---- launchers ------------------------------------------------------------------------------------------------------
 
 
@@ -419,3 +672,86 @@ def attention_forward(
         num_warps=plan.tile.num_warps, num_stages=plan.tile.num_stages,
     )  # fmt: skip
     return y, logsumexp
+
+
+def _summed_to(grad: Tensor, table: Tensor) -> Tensor:
+    """The gradient (batch, length, kv_heads, head_dim / 2) of `_per_head(table)`, summed where that expanded it."""
+    if table.dim() == 2:
+        return grad.sum((0, 2)).to(table.dtype)
+    if table.dim() == 3:
+        return grad.sum(0).to(table.dtype)
+    return (grad if table.shape[2] == grad.shape[2] else grad.sum(2, keepdim=True)).to(table.dtype)
+
+
+def attention_backward(
+    grad_y: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    y: Tensor,
+    logsumexp: Tensor,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    interleaved: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> the gradients of q, k, v, cos and sin, in their shapes and dtypes. y and logsumexp as the forward gave them;
+    grad_y may have any strides."""
+    check(q)
+    batch, length, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    if q.numel() == 0:
+        return tuple(t.new_zeros(t.shape) for t in (q, k, v, cos, sin))
+    group, groups = heads // kv_heads, batch * kv_heads
+    plan = heuristics.backward_plan(length, group, groups, head_dim, q.element_size(), device_of(q.get_device()))
+    tables = _per_head(cos, batch, kv_heads), _per_head(sin, batch, kv_heads)
+    q_rotated, delta = _rotate(q, *tables, interleaved, group, y.contiguous(), grad_y)
+    k_rotated, _ = _rotate(k, *tables, interleaved, 1)
+    logsumexp = logsumexp.contiguous()
+    starts, stops = _packing(cu_seqlens, length)
+    block_d = heuristics.padded_head_dim(head_dim)
+    window_size = 0 if window is None else min(window, length)
+    common = dict(
+        CAUSAL=causal, WINDOW=window is not None and window < length, PACKED=cu_seqlens is not None,
+        PRECISION=_precision(q), EVEN_D=block_d == head_dim, BLOCK_D=block_d,
+    )  # fmt: skip
+    inputs = (q_rotated, k_rotated, v, grad_y, logsumexp, delta, starts, stops)
+
+    grad_q_rotated = q.new_empty(q.shape, dtype=torch.float32)
+    tile = plan.queries
+    tiles = triton.cdiv(length * group, tile.block_m)
+    _query_gradient_kernel[(tiles * groups,)](
+        *inputs, grad_q_rotated, length, kv_heads, head_dim, groups, tiles, window_size, scale * LOG2_E,
+        *v.stride(), *grad_y.stride(),
+        GROUP=group, **common, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+    splits = plan.splits
+    grad_k_rotated = k.new_empty(splits, *k.shape, dtype=torch.float32)
+    grad_v = v.new_empty(splits, *v.shape, dtype=v.dtype if splits == 1 else torch.float32)
+    tile = plan.keys
+    tiles = triton.cdiv(length, tile.block_n)
+    _key_gradient_kernel[(tiles * groups * splits,)](
+        *inputs, grad_k_rotated, grad_v,
+        length, kv_heads, head_dim, groups, tiles, window_size, scale * LOG2_E, k.numel(),
+        *v.stride(), *grad_y.stride(),
+        HEADS=group // splits, SPLITS=splits, **common, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    grad_v = grad_v[0] if splits == 1 else grad_v.sum(0).to(v.dtype)
+
+    grad_q, grad_k = q.new_empty(q.shape), k.new_empty(k.shape)
+    grad_cos, grad_sin = grad_k_rotated.new_empty(2, batch, length, kv_heads, head_dim // 2).unbind()
+    block = heuristics.rotation_rows(head_dim, length)
+    tiles = triton.cdiv(length, block)
+    _turn_back_kernel[(tiles * groups,)](
+        q, k, *tables, grad_q_rotated, grad_k_rotated, grad_q, grad_k, grad_cos, grad_sin,
+        length, kv_heads, head_dim // 2, tiles, k.numel(),
+        *q.stride(), *k.stride(), *tables[0].stride(), *tables[1].stride(),
+        GROUP=group, SPLITS=splits, INTERLEAVED=interleaved, BLOCK_T=block, BLOCK_H=block_d // 2, num_warps=4,
+    )  # fmt: skip
+    return grad_q, grad_k, grad_v, _summed_to(grad_cos, cos), _summed_to(grad_sin, sin)
