@@ -5,10 +5,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-PEERS = ("transformers", "mamba_ssm", "causal_conv1d", "fla", "mambapy")
 
 
 def why_absent(name: str) -> str | None:
@@ -102,3 +101,54 @@ def _fla_conv() -> Callable:
 def channel_first(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same values, stored (batch, channels, length): the layout that mamba_ssm is fast in."""
     return {name: t.transpose(1, 2).contiguous().transpose(1, 2) if t.dim() == 3 else t for name, t in inputs.items()}
+
+
+def experts(device: str) -> tuple[dict[str, Callable], dict[str, str]]:
+    """Layers of swiglu experts by peer, called with x, routing weights, chosen experts, w_in and w_out.
+
+    ``grouped_mm`` is torch's own product composed as one would; transformers' layer is in bench_moe.py.
+    """
+    calls: dict[str, Callable] = {"grouped_mm": grouped_mm_experts}
+    absent = {}
+    for name in ("liger_kernel", "scattermoe", "vllm"):
+        reason = why_absent(name)
+        if reason is None and device == "cpu":
+            reason = "CUDA only"
+        if reason:
+            absent[name] = reason
+        else:
+            calls[name] = globals()[f"_{name}_experts"]
+    return calls, absent
+
+
+def grouped_mm_experts(x: Tensor, weights: Tensor, chosen: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """Sort by expert, gather, multiply, activate, multiply, weight, put back, add: nothing is read on the host."""
+    top_k, experts = weights.shape[1], w_in.shape[0]
+    sorted_experts, order = chosen.flatten().sort(stable=True)
+    ends = (sorted_experts[:, None] <= torch.arange(experts, device=x.device)).sum(0, dtype=torch.int32)
+    gate, up = F.grouped_mm(x[order // top_k], w_in.transpose(1, 2), offs=ends).chunk(2, -1)
+    rows = F.grouped_mm(F.silu(gate) * up, w_out.transpose(1, 2), offs=ends)
+    rows = rows * weights.flatten()[order, None].to(rows.dtype)
+    return rows[order.argsort()].view(*weights.shape, -1).sum(1)
+
+
+def _liger_kernel_experts(x: Tensor, weights: Tensor, chosen: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+    return LigerFusedMoEFunction.apply(x, w_in, w_out, chosen, weights)
+
+
+def _scattermoe_experts(x: Tensor, weights: Tensor, chosen: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """Its halves are up and gate, not gate and up, which costs the same."""
+    from scattermoe.mlp import GLUMLP
+
+    with torch.device("meta"):
+        mlp = GLUMLP(x.shape[1], w_out.shape[2], w_in.shape[0], weights.shape[1])
+    held = {"experts.weight": w_in, "output_experts.weight": w_out}
+    return torch.func.functional_call(mlp, held, (x, weights.to(x.dtype), chosen.long()))
+
+
+def _vllm_experts(x: Tensor, weights: Tensor, chosen: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    from vllm.model_executor.layers.fused_moe import fused_experts
+
+    return fused_experts(x, w_in, w_out, weights, chosen)

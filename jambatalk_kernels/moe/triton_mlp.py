@@ -662,8 +662,8 @@ def mlp_backward(
     return grad_x, grad_weights, grad_w_in, grad_w_out
 
 
-def ahead_of_time_cases(capability: tuple[int, int] = (8, 9)) -> list[dict]:
-    """What launches at the bars' sizes are compiled as; those for 8.9 run on every architecture."""
+def ahead_of_time_cases(capability: int) -> list[dict]:
+    """What launches at the bars' sizes are compiled as on 128 multiprocessors of that capability (90: sm_90)."""
     from unittest.mock import patch
 
     from jambatalk_kernels.moe.ahead_of_time import recorded_launches
@@ -693,6 +693,6 @@ def ahead_of_time_cases(capability: tuple[int, int] = (8, 9)) -> list[dict]:
 
         dtype, tokens, experts, top_k, size, activation, _ = sizes
         label = f"{str(dtype)[6:]} {activation}, {tokens} tokens, {experts} experts, top {top_k}, {size}"
-        with patch.object(sys.modules[__name__], "_device", lambda _: Device(capability, 128)):
+        with patch.object(sys.modules[__name__], "_device", lambda _: Device(divmod(capability, 10), 128)):
             cases += recorded_launches(sys.modules[__name__], label, run)
     return cases

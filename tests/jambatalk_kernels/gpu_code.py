@@ -8,10 +8,13 @@ disassembler of Triton's wheel turns into SASS. Everything is compiled once per 
 from __future__ import annotations
 
 import ast
+import fnmatch
 import functools
 import importlib
 import importlib.util
+import inspect
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -19,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -140,9 +143,10 @@ def disassemble(cubin: Path) -> dict[str, Code]:
 
 @functools.cache
 def compile_triton(module: str, capability: int, only: tuple[str, ...] = ()) -> dict[str, Code]:
-    """The cases that ``module.ahead_of_time_cases()`` lists, compiled for ``capability`` (90 for sm_90); by name.
+    """The cases that ``module.ahead_of_time_cases(capability)`` lists, compiled for it (90: sm_90); by name.
 
-    ``only``: the names of those wanted, where not all.
+    ``only``: the names of those wanted, where not all, or patterns of them ("*4096 tokens*"). A module whose launches
+    are the same everywhere may list them without the argument.
     A case is a dict: ``name``; ``kernel``, the jitted function; ``signature``, the type of every parameter, ":16" where
     a launch sees a multiple of 16; ``constexprs``; ``num_warps`` and ``num_stages``.
     """
@@ -160,16 +164,19 @@ def compile_triton(module: str, capability: int, only: tuple[str, ...] = ()) -> 
         )
         if done.returncode:
             raise AssertionError(f"{module} does not compile for sm_{capability}:\n{done.stderr[-4000:]}")
-        codes = {}
-        for facts in json.loads((Path(folder) / "cases.json").read_text()):
+
+        def read(facts: dict) -> Code:
             cubin = Path(folder) / facts["cubin"]
             (code,) = disassemble(cubin).values()
             usage = resource_usage(cubin)[code.name]
-            codes[facts["name"]] = Code(
+            return Code(
                 facts["name"], code.instructions, code.labels, usage["REG"], usage["STACK"],
                 shared_bytes=facts["shared"], warps=facts["warps"], constants=facts["constants"],
             )  # fmt: skip
-        return codes
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            codes = pool.map(read, json.loads((Path(folder) / "cases.json").read_text()))
+            return {code.name: code for code in codes}
 
 
 def resource_usage(cubin: Path) -> dict[str, dict[str, int]]:
@@ -182,39 +189,47 @@ def resource_usage(cubin: Path) -> dict[str, dict[str, int]]:
 
 
 def _compile_cases(module: str, capability: int, folder: Path, only: list[str]) -> None:
-    """In the process of its own: write the cubins and what the launcher would ask for."""
+    """In the process of its own: write the cubins and what the launcher would ask for. A process per core compiles."""
+    list_cases = importlib.import_module(module).ahead_of_time_cases
+    _cases.extend(list_cases(capability) if inspect.signature(list_cases).parameters else list_cases())
+    wanted = [
+        index
+        for index, case in enumerate(_cases)
+        if not only or any(fnmatch.fnmatchcase(case["name"], pattern) for pattern in only)
+    ]
+    compile_one = functools.partial(_compile_case, capability, folder)
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+        (folder / "cases.json").write_text(json.dumps(list(pool.map(compile_one, wanted))))
+
+
+_cases: list[dict] = []  # forked processes inherit them; kernels would not go through a pipe
+
+
+def _compile_case(capability: int, folder: Path, index: int) -> dict:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    facts = []
-    for index, case in enumerate(importlib.import_module(module).ahead_of_time_cases()):
-        if only and case["name"] not in only:
-            continue
-        names = case["kernel"].arg_names
-        constexprs = dict(case["constexprs"])
-        signature, attributes = {}, {}
-        for position, name in enumerate(names):
-            kind, _, multiple = case["signature"].get(name, "constexpr").partition(":")
-            signature[name] = "constexpr" if name in constexprs else kind
-            if multiple and name not in constexprs:
-                attributes[(position,)] = [["tt.divisibility", int(multiple)]]
-        compiled = triton.compile(
-            ASTSource(case["kernel"], signature, constexprs, attributes),
-            target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": case.get("num_warps", 4), "num_stages": case.get("num_stages", 2)},
-        )
-        cubin = f"{index}.cubin"
-        (folder / cubin).write_bytes(compiled.asm["cubin"])
-        metadata = compiled.metadata
-        constants = {name: value for name, value in constexprs.items() if type(value) is int}
-        facts.append(
-            {
-                "name": case["name"], "cubin": cubin, "shared": metadata.shared, "warps": metadata.num_warps,
-                "constants": constants,
-            }
-        )  # fmt: skip
-    (folder / "cases.json").write_text(json.dumps(facts))
+    case = _cases[index]
+    constexprs = dict(case["constexprs"])
+    signature, attributes = {}, {}
+    for position, name in enumerate(case["kernel"].arg_names):
+        kind, _, multiple = case["signature"].get(name, "constexpr").partition(":")
+        signature[name] = "constexpr" if name in constexprs else kind
+        if multiple and name not in constexprs:
+            attributes[(position,)] = [["tt.divisibility", int(multiple)]]
+    compiled = triton.compile(
+        ASTSource(case["kernel"], signature, constexprs, attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": case.get("num_warps", 4), "num_stages": case.get("num_stages", 2)},
+    )
+    cubin = folder / f"{index}.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    constants = {name: value for name, value in constexprs.items() if type(value) is int}
+    return {
+        "name": case["name"], "cubin": cubin.name, "shared": compiled.metadata.shared,
+        "warps": compiled.metadata.num_warps, "constants": constants,
+    }  # fmt: skip
 
 
 # ---- nvcc -----------------------------------------------------------------------------------------------------------

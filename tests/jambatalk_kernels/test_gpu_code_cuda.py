@@ -16,17 +16,22 @@ SCAN = "csrc/cuda/selective_scan.cu"
 
 
 def budgets(source):
-    """Kernel -> (registers, spills, shared), from the comment above each ``__global__``."""
+    """Kernel -> (registers, spills, shared), from the lines above its ``__global__``. A variant that needs more than
+    the others has a line of its own, by its template arguments: "// budget of <32, 8>: ..."."""
     text = (gpu_code.ROOT / source).read_text()
-    kernels = re.findall(r"__global__\s+void\s+(?:__launch_bounds__\(.*\)\s+)?(\w+)\(", text)
-    found = re.findall(
-        r"^// budget: registers <= (\d+), spills (\d+), shared <= (\d+)\n"
-        r"(?:template .*\n)?__global__ void\s+(?:__launch_bounds__\(.*\)\s+)?(\w+)\(",
-        text,
-        re.M,
-    )
-    table = {name: tuple(int(number) for number in numbers) for *numbers, name in found}
-    assert set(table) == set(kernels), f"{source}: kernels without a budget: {set(kernels) - set(table)}"
+    table, above = {}, {}
+    for line in text.splitlines():
+        budget = re.fullmatch(r"// budget(?: of (<.*>))?: registers <= (\d+), spills (\d+), shared <= (\d+)", line)
+        kernel = re.match(r"__global__\s+void\s+(?:__launch_bounds__\(.*\)\s+)?(\w+)\(", line)
+        if budget:
+            above[budget[1] or ""] = tuple(int(number) for number in budget.groups()[1:])
+        elif kernel:
+            assert "" in above, f"{source}: {kernel[1]} has no budget"
+            table |= {kernel[1] + variant: numbers for variant, numbers in above.items()}
+            above = {}
+        elif not line.startswith("template "):
+            above = {}
+    assert len({name.split("<")[0] for name in table}) == text.count("__global__"), f"{source}: a kernel was missed"
     return table
 
 
@@ -34,9 +39,9 @@ def check(source, architecture):
     table = budgets(source)
     codes = gpu_code.compile_cuda(source, architecture)
     compiled = {name.split("<")[0] for name in codes}
-    assert compiled == set(table), f"{source}: compiled {compiled}, budgets for {set(table)}"
+    assert compiled | set(codes) >= set(table), f"{source}: budgets for {set(table)}, compiled {set(codes)}"
     for name, code in codes.items():
-        registers, spills, shared = table[name.split("<")[0]]
+        registers, spills, shared = table.get(name) or table[name.split("<")[0]]
         where = f"{name} on {architecture}"
         assert code.registers <= registers, f"{where}: {code.registers} registers, budget {registers}"
         assert code.spill_bytes <= spills, f"{where}: {code.spill_bytes} bytes spilled, budget {spills}"
