@@ -21,8 +21,8 @@ SIZES = (
     (torch.bfloat16, 4, 4096, 4, 4, 256, dict(causal=True)),
     (torch.bfloat16, 1, 600, 8, 1, 64, dict(causal=False, interleaved=True)),
     (torch.bfloat16, 1, 4096, 8, 2, 64, dict(causal=True, window=512, packed=True)),
-    (torch.float16, 1, 40, 2, 2, 80, dict(causal=True)),  # one tile of queries; the head is padded
-    (torch.bfloat16, 1, 1, 1, 1, 16, dict(causal=True, window=1)),  # sizes of 1 are constants to the compiler
+    (torch.float16, 1, 40, 2, 2, 80, dict(causal=True, window=1)),  # one tile of queries; the head is padded
+    (torch.bfloat16, 1, 1, 1, 1, 16, dict(causal=True)),  # sizes of 1 are constants to the compiler
     (torch.float32, 1, 600, 8, 1, 64, dict(causal=True)),
     (torch.float32, 1, 600, 4, 4, 256, dict(causal=True)),
 )

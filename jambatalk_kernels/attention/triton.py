@@ -6,7 +6,7 @@
     backward   delta_i = <dy_i, y_i>,   ds_ij = p_ij (<dy_i, v_j> - delta_i)
                dv_j = sum over i of p_ij dy_i,   dk'_j = scale sum over i of ds_ij q'_i
                dq'_i = scale sum over j of ds_ij k'_j
-               of a pair:  da = c da' + s db',  db = c db' - s da',  dc = a da' + b db',  ds = a db' - b da'
+               of a pair:  da = c da' + s db',  db = c db' - s da',  dcos = a da' + b db',  dsin = a db' - b da'
 
 Every mask here lets position i see an interval of keys, and both its ends grow with i: so a tile of queries meets
 tiles of keys that it sees in part, then some that it sees as a whole (no mask is computed), then again some in part.
@@ -142,7 +142,7 @@ def _seeing_queries(
     if CAUSAL:
         low = tl.maximum(low, position)
     if WINDOW:
-        high = tl.minimum(high, position + tl.minimum(window, length))
+        high = tl.minimum(high, position + window)
     return low, high
 
 
