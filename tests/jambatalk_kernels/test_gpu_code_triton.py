@@ -18,16 +18,18 @@ CAPABILITIES = (80, 89, 90, 100, 120)
 REGISTERS = {
     SCAN: {r"forward_(saving|many_states)": 168, r"forward": 128, r"backward": 255, r"": 96},
     CONV: {r"forward.*packed": 255, r"forward": 160, r"backward": 255, r"": 64},
-    ROUTE: {r"choose_kernel.* 256 experts": 144, r"": 96},
-    EXPERTS: {r"sum": 64, r"\w+_vector": 96, r".*float32": 128, r"": 255},
+    ROUTE: {r"choose_kernel.* 256 experts": 168, r"": 96},
+    EXPERTS: {r"sum": 64, r"\w+_vector": 96, r".*float32": 168, r"": 255},
 }
 # Compiled in the fast suite, for sm_90; everything else for every architecture in the slow one.
 FAST = {
     SCAN: ("forward", "backward", "step"),
     CONV: ("forward, bf16, width 4", "backward, bf16, width 4", "step"),
 }
-# The experts' products at all sizes where Triton multiplies by mma (8.9) and by wgmma (9.0); elsewhere at the bars'.
+# Where not everything is compiled: the experts' products at all sizes where Triton multiplies by mma (8.9) and by wgmma
+# (9.0), elsewhere at the bars'.
 SLOW = {(EXPERTS, capability): ("*4096 tokens*", "*vector*") for capability in (80, 100, 120)}
+SLOW |= {(CONV, capability): ("*bf16, width 4*", "*fp32*", "step") for capability in (80, 120)}
 PRODUCTS = {
     "first_product_kernel", "grouped_product_kernel", "all_experts_product_kernel", "hidden_gradient_kernel",
     "weight_gradient_kernel", "first_vector_kernel", "second_vector_kernel", "sum_kernel",
