@@ -27,8 +27,8 @@ WRITTEN: dict[str, tuple[str, ...]] = {
     "moe_route": ("cpu", "triton", "reference"),
     "load_balancing_loss": ("reference",),
     "moe_mlp": ("cpu", "triton", "reference"),
-    "rope_attention": ("reference",),
-    "rope_attention_step": ("reference",),
+    "rope_attention": ("triton", "reference"),
+    "rope_attention_step": ("triton", "reference"),
     "rollout": ("reference",),
 }
 

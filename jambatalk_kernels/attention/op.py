@@ -1,13 +1,18 @@
-"""Public attention functions: checks and backend choice. The definition is in `reference.py`."""
+"""rope_attention and rope_attention_step: argument checks, backend choice, autograd and shape functions."""
 
-import os
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from jambatalk_kernels import backends
 from jambatalk_kernels.attention import reference
 from jambatalk_kernels.attention.reference import KVCache, rotary_table  # noqa: F401  (public here)
+from jambatalk_kernels.autograd import any_requires_grad, first_derivative
+from jambatalk_kernels.backends import Reason, candidates, choose, without_step_gradients
+from jambatalk_kernels.checks import values_are_checked
+from jambatalk_kernels.triton_ops import TritonOp
+
+MAX_TRITON_HEAD_DIM = 256
 
 
 def rope_attention(
@@ -35,7 +40,7 @@ def rope_attention(
             float32 tables are fine with half-precision q. Differentiable. All ones and zeros: no rotation.
         causal: position i sees j <= i.
         window: i sees only the last `window` positions, its own included; needs `causal`.
-        scale: of the scores; head_dim ** -0.5 by default.
+        scale: of the scores, positive; head_dim ** -0.5 by default.
         interleaved: pairs are (2f, 2f + 1) instead of (f, f + head_dim / 2).
         cu_seqlens: int32 (sequences + 1,): batch is 1 and several sequences are packed along length; one row of cos and
             sin per packed position. Not together with a cache.
@@ -45,6 +50,10 @@ def rope_attention(
     Returns:
         (batch, length, heads, head_dim), dtype of q. Time and memory O(length * window) with a window. Softmax in the
         dtype that torch's scaled_dot_product_attention uses (float32 or better for half precision). No double backward.
+
+    On a GPU Triton's kernels run up to head_dim 256 (not float64, and not yet with a cache), flash style: memory
+    O(length), the rotation applied on load, keys read once per group; saved for backward are the inputs, the result and
+    one number per query and head. Elsewhere torch's own attention runs behind the rotation.
 
     Raises:
         TypeError, ValueError: a bad dtype, shape, device or range, naming the argument; a cache without room
@@ -78,10 +87,14 @@ def rope_attention(
         if not causal:
             raise ValueError("cache needs causal=True")
         _check_cache(cache, q, kv_heads, length, window)
-    backends.choose("rope_attention", backend, {"reference": None})
-    return reference.rope_attention(
-        q, k, v, cos, sin, causal, window, head_dim**-0.5 if scale is None else scale, interleaved, cu_seqlens, cache
-    )
+    scale = _scale(scale, head_dim)
+    chosen = choose("rope_attention", backend, _options("rope_attention", q, cached=cache is not None))
+    if chosen == "reference":
+        return reference.rope_attention(q, k, v, cos, sin, causal, window, scale, interleaved, cu_seqlens, cache)
+    tensors, how = (q, k, v, cos, sin), (causal, window, scale, interleaved, cu_seqlens)
+    if torch.is_grad_enabled() and any_requires_grad(*tensors):
+        return _RopeAttention.apply(*tensors, *how)
+    return _FORWARD(*tensors, *how, False)[0]
 
 
 def rope_attention_step(
@@ -117,10 +130,39 @@ def rope_attention_step(
     _check_tables(q, cos, sin, [(batch, head_dim // 2), (batch, kv_heads, head_dim // 2)])
     _check_window(window)
     _check_cache(cache, q, kv_heads, 1, window)
-    backends.choose("rope_attention_step", backend, {"reference": None})
-    return reference.rope_attention_step(
-        q, k, v, cos, sin, cache, window, head_dim**-0.5 if scale is None else scale, interleaved
-    )
+    scale = _scale(scale, head_dim)
+    options = _options("rope_attention_step", q)
+    if torch.is_grad_enabled() and any_requires_grad(q, k, v, cos, sin):
+        options = without_step_gradients(options)
+    if choose("rope_attention_step", backend, options) == "reference":
+        return reference.rope_attention_step(q, k, v, cos, sin, cache, window, scale, interleaved)
+    y = _STEP(q, k, v, cos, sin, cache.k, cache.v, cache.position, window, scale, interleaved)
+    cache.position += 1
+    return y
+
+
+def _options(op: str, q: Tensor, cached: bool = False) -> Mapping[str, Reason]:
+    options = dict(candidates(op, q))
+    options["cuda"] = "no CUDA C++ kernel is written for it; Triton's runs on GPUs"
+    if options["triton"] is None or callable(options["triton"]):
+        if q.dtype == torch.float64 or q.shape[-1] > MAX_TRITON_HEAD_DIM:
+            options["triton"] = f"it takes no float64 and head_dim up to {MAX_TRITON_HEAD_DIM}"
+        elif cached:
+            options["triton"] = "it has no kernel for a cache of earlier positions yet"
+    if q.device.type == "cpu":
+        # Not a fallback: behind the rotation the reference is torch's own attention.
+        return {"reference": None, **options, "cpu": "no C++ kernel is written for it; the reference runs torch's own"}
+    return options
+
+
+def _scale(scale: float | None, head_dim: int) -> float:
+    if scale is None:
+        return head_dim**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"scale must be positive and finite, got {scale}")
+    return float(scale)
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor, dims: int, q_shape: str, kv_shape: str) -> None:
@@ -186,8 +228,56 @@ def _check_cache(cache: KVCache, q: Tensor, kv_heads: int, length: int, window: 
     if window is not None and cache.capacity >= window:
         return  # a ring: it can never run out
     # A value, not a shape: reading it off a device would wait for the device.
-    if batch and (q.device.type == "cpu" or os.environ.get("JAMBATALK_KERNELS_CHECK") == "1"):
+    if batch and (q.device.type == "cpu" or values_are_checked()):
         used = int(cache.position.max())
         if used + length > cache.capacity:
             needed = f"a window of {window}" if window is not None else f"{used} + {length} positions"
             raise ValueError(f"cache: capacity {cache.capacity} is too small for {needed}")
+
+
+class _RopeAttention(torch.autograd.Function):
+    """Saved: the inputs, the result and the logarithm of every softmax's sum."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, cos, sin, causal, window, scale, interleaved, cu_seqlens):
+        y, logsumexp = _FORWARD(q, k, v, cos, sin, causal, window, scale, interleaved, cu_seqlens, True)
+        ctx.save_for_backward(q, k, v, cos, sin, y, logsumexp, cu_seqlens)
+        ctx.how = (causal, window, scale, interleaved)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        *saved, cu_seqlens = ctx.saved_tensors
+        grads = first_derivative("rope_attention", _BACKWARD, grad_y, *saved, *ctx.how, cu_seqlens)
+        return *grads, None, None, None, None, None
+
+
+def _fake_attention(q, k, v, cos, sin, causal, window, scale, interleaved, cu_seqlens, save):
+    batch, length, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads, length) if save else (0,), dtype=torch.float32)
+
+
+def _fake_attention_backward(grad_y, q, k, v, cos, sin, *_):
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (q, k, v, cos, sin))
+
+
+def _fake_attention_step(q, *_):
+    return q.new_empty(q.shape)
+
+
+_FORWARD = TritonOp(
+    "rope_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, bool causal, int? window, float scale, "
+    "bool interleaved, Tensor? cu_seqlens, bool save) -> (Tensor y, Tensor logsumexp)",
+    "jambatalk_kernels.attention.triton", "attention_forward", _fake_attention,
+)  # fmt: skip
+_BACKWARD = TritonOp(
+    "rope_attention_backward(Tensor grad_y, Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor y, "
+    "Tensor logsumexp, bool causal, int? window, float scale, bool interleaved, Tensor? cu_seqlens) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dcos, Tensor dsin)",
+    "jambatalk_kernels.attention.triton", "attention_backward", _fake_attention_backward,
+)  # fmt: skip
+_STEP = TritonOp(
+    "rope_attention_step(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) cache_k, "
+    "Tensor(b!) cache_v, Tensor position, int? window, float scale, bool interleaved) -> Tensor",
+    "jambatalk_kernels.attention.triton_step", "attention_step", _fake_attention_step,
+)  # fmt: skip

@@ -745,7 +745,8 @@ def attention_backward(
     grad_v = grad_v[0] if splits == 1 else grad_v.sum(0).to(v.dtype)
 
     grad_q, grad_k = q.new_empty(q.shape), k.new_empty(k.shape)
-    grad_cos, grad_sin = grad_k_rotated.new_empty(2, batch, length, kv_heads, head_dim // 2).unbind()
+    # Two tensors, not halves of one: outputs of an op may not share memory.
+    grad_cos, grad_sin = (grad_k_rotated.new_empty(batch, length, kv_heads, head_dim // 2) for _ in range(2))
     block = heuristics.rotation_rows(head_dim, length)
     tiles = triton.cdiv(length, block)
     _turn_back_kernel[(tiles * groups,)](

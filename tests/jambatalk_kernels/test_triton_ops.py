@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from jambatalk_kernels import causal_conv1d, moe_route, selective_scan
+from jambatalk_kernels import KVCache, causal_conv1d, moe_route, rope_attention, rope_attention_step, selective_scan
 
 pytest.importorskip("triton", reason="triton is not installed")
 OPS = torch.ops.jambatalk_triton
@@ -57,6 +57,41 @@ def test_moe_ops():
     check(OPS.moe_mlp.default, *arguments, "swiglu", True)
     y, saved = OPS.moe_mlp(*arguments, "swiglu", True)
     check(OPS.moe_mlp_backward.default, y, *arguments, saved, "swiglu")
+
+
+@pytest.mark.parametrize("table", [(9, 4), (9, 1, 4), (2, 9, 1, 4)], ids=str)
+def test_attention_ops(table):
+    q, k, v = torch.randn(2, 9, 2, 8), torch.randn(2, 9, 1, 8), torch.randn(2, 9, 1, 8)
+    arguments = (q, k, v, torch.randn(table), torch.randn(table))
+    how = (True, 5, 0.3, False, None)
+    check(OPS.rope_attention.default, *arguments, *how, True)
+    y, logsumexp = OPS.rope_attention(*arguments, *how, True)
+    check(OPS.rope_attention_backward.default, y, *arguments, y, logsumexp, *how)
+    leaves = [tensor.requires_grad_() for tensor in arguments]
+    gradients = {
+        backend: torch.autograd.grad(
+            rope_attention(*leaves, window=5, scale=0.3, backend=backend).square().sum(), leaves
+        )
+        for backend in ("triton", "reference")
+    }
+    torch.testing.assert_close(gradients["triton"], gradients["reference"], rtol=1e-4, atol=1e-4)
+
+
+def test_attention_steps_advance_the_cache():
+    caches = {backend: KVCache.empty(2, 3, 1, 8) for backend in ("triton", "reference")}
+    for _ in range(5):  # a ring of three
+        arguments = (
+            torch.randn(2, 2, 8),
+            torch.randn(2, 1, 8),
+            torch.randn(2, 1, 8),
+            torch.randn(2, 4),
+            torch.randn(2, 4),
+        )
+        ys = [rope_attention_step(*arguments, cache, window=3, backend=name) for name, cache in caches.items()]
+        torch.testing.assert_close(*ys)
+    check(OPS.rope_attention_step.default, *arguments, *vars(caches["triton"]).values(), 3, 0.3, False)
+    for mine, theirs in zip(*(vars(cache).values() for cache in caches.values()), strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_compiles_without_a_graph_break():
