@@ -19,7 +19,7 @@
 
 // Raised with every change of a schema or of what an op means, here and in jambatalk_kernels/backends.py: a library
 // that was built from another version of the sources is then refused, not called.
-#define JAMBATALK_NATIVE_VERSION 2
+#define JAMBATALK_NATIVE_VERSION 3
 
 namespace jambatalk {
 void empty_op(const Tensor&) {}
@@ -38,6 +38,7 @@ STABLE_TORCH_LIBRARY_IMPL(jambatalk, CPU, m) {
   m.impl("moe_route_backward", TORCH_BOX(&jambatalk::moe_route_backward));
   m.impl("moe_mlp", TORCH_BOX(&jambatalk::moe_mlp));
   m.impl("moe_mlp_backward", TORCH_BOX(&jambatalk::moe_mlp_backward));
+  m.impl("rollout", TORCH_BOX(&jambatalk::rollout));
   m.impl("empty_op", TORCH_BOX(&jambatalk::empty_op));
 }
 

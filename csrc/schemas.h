@@ -40,6 +40,9 @@ void define_ops(Library& m) {
       "moe_mlp_backward(Tensor grad_y, Tensor x, Tensor weights, Tensor experts, Tensor order, Tensor offsets, "
       "Tensor w_in, Tensor w_out, Tensor preactivation, str activation) "
       "-> (Tensor dx, Tensor dweights, Tensor dw_in, Tensor dw_out)");
+  m.def(
+      "rollout(Tensor plan, Tensor storage, Tensor inputs, Tensor lengths, Tensor(a!) hidden, Tensor(b!)[] state, "
+      "int begin, int end, float eps, int group, int workers) -> ()");
   m.def("empty_op(Tensor x) -> ()");
 }
 

@@ -3,6 +3,7 @@
 
 #include "cpu/causal_conv1d_kernel.h"
 #include "cpu/moe_kernel.h"
+#include "cpu/rollout_kernel.h"
 #include "cpu/selective_scan_kernel.h"
 
 namespace jambatalk {
@@ -46,7 +47,8 @@ constexpr KernelSet kernel_set() {
           &expert_activate<Lanes<T>>,
           &expert_activate_backward<Lanes<T>>,
           &combine_slots<Lanes<T>>,
-          &expert_matvec<Lanes<T>>};
+          &expert_matvec<Lanes<T>>,
+          &rollout<Lanes<T>>};
 }
 
 }  // namespace JT_ISA

@@ -166,6 +166,78 @@ struct MatvecCall {
   void* out;      // T (rows, outputs)
 };
 
+// The rollout. A matrix (out, in) is packed for products with vectors: panels of kPanel outputs, as
+// [out / kPanel][in][kPanel], in bfloat16 [out / kPanel][in / 2][kPanel][2]; `in` is padded to kInputPadding; whatever
+// is padding is zero. Several matrices of one shape (experts) lie one after another.
+constexpr int64_t kPanel = 32, kInputPadding = 4, kHeadPadding = 16;
+struct PackedMatrix {
+  const void* data = nullptr;
+  int64_t in = 0, panels = 0;
+};
+
+// T* below is of the compute type; vectors over channels are padded to kPanel.
+struct RolloutLayer {
+  bool attention;
+  const void* norm;
+  PackedMatrix in;   // Mamba: rows of u, then of z, each padded to kPanel; attention: q, k, v
+  PackedMatrix out;  // of the mixer
+  // Mamba
+  int64_t width, rank, states, inner;
+  PackedMatrix x_proj, dt_proj;
+  const void* taps;  // (panels, width + 1, kPanel): weights, then the bias
+  const void* A;     // (panels, states, kPanel), times log2(e)
+  const void *D, *dt_bias, *dt_norm, *b_norm, *c_norm;
+  Array conv_state, scan_state;      // (batch, width - 1, inner), (batch, inner, states)
+  int64_t conv_offset, scan_offset;  // of their copies in a sequence's memory
+  // attention
+  int64_t heads, kv_heads, head_dim, window;  // window 0: none
+  const double* frequency;                    // (head_dim / 2,): angle per position
+  void *keys, *values;                        // (batch, capacity, kv_heads, head_dim)
+  int64_t capacity;
+  int64_t* position;  // (batch,)
+  // MLP; a dense one is one expert without a router
+  const void* mlp_norm;
+  const void* router;  // (experts, padded d), or null
+  int64_t experts, top_k, hidden;
+  PackedMatrix w_in, w_out;  // w_in: panels of kPanel / 2 gates, then their kPanel / 2 ups
+};
+
+struct RolloutSequence {
+  int64_t row;     // of inputs, hidden and the states
+  int64_t frames;  // of this call
+};
+
+struct RolloutCall {
+  bool bfloat16;  // the packed matrices; otherwise they are of the compute type
+  int64_t width;  // d
+  const RolloutLayer* layers;
+  int64_t layer_count;
+  const void* final_norm;
+  PackedMatrix feedback;  // no data: nothing is fed back
+  const void* feedback_bias;
+  double eps;
+  int64_t begin;         // the first frame of this call
+  Array inputs, hidden;  // (batch, frames, d)
+  void* feedback_state;  // T (batch, d)
+  int64_t* position;     // (batch,)
+  // Where the vectors of a sequence are in its memory, `pitch` elements of T in all.
+  int64_t x, normed, first, projected, low, mixed, sums, activated, feedback_vector, probabilities, pitch;
+  int64_t most_slots;   // experts of one token at most
+  int64_t list_offset;  // in the routes
+};
+
+// Sequences that share every read of the weights, and the threads that work on them.
+struct RolloutMachine {
+  const RolloutSequence* sequences;  // the longest first
+  int64_t count;
+  int64_t workers;  // how many threads may come; 1: no other than the caller
+  void* memory;     // T (count, pitch), zero
+  int32_t* routes;  // see rollout_kernel.h
+  void (*give_way)();
+  alignas(64) uint64_t ticket = 0;  // phase << 32 | tasks of it that are taken
+  alignas(64) uint64_t done = 0;    // tasks of the phase that are finished
+};
+
 // The kernels of one instruction set and one compute type. Each runs the tasks [begin, end) of batch * groups.
 struct KernelSet {
   void (*scan_forward)(const ScanCall&, int64_t begin, int64_t end);
@@ -181,6 +253,7 @@ struct KernelSet {
   void (*expert_activate_backward)(const ActivateCall&, int64_t begin, int64_t end);
   void (*combine_slots)(const CombineCall&, int64_t begin, int64_t end);
   void (*expert_matvec)(const MatvecCall&, int64_t begin, int64_t end);
+  void (*rollout)(const RolloutCall&, RolloutMachine&);  // one thread on one machine
 };
 
 struct IsaKernels {

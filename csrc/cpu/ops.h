@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 namespace jambatalk {
 
@@ -55,6 +56,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(const Tensor& grad_y
                                                             const Tensor& order, const Tensor& offsets,
                                                             const Tensor& w_in, const Tensor& w_out,
                                                             const Tensor& preactivation, const std::string& activation);
+
+// Frames [begin, end) of every sequence that is that long: writes hidden and advances the state in place. plan and
+// storage: a program as packing.py makes it. group: sequences that run together; workers: threads that share the
+// products of a group; with 1, groups are shared out among the threads.
+void rollout(const Tensor& plan, const Tensor& storage, const Tensor& inputs, const Tensor& lengths,
+             const Tensor& hidden, std::vector<Tensor> state, int64_t begin, int64_t end, double eps, int64_t group,
+             int64_t workers);
 
 // Does nothing and returns nothing: what a call costs before any work.
 void empty_op(const Tensor& x);

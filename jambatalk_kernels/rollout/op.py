@@ -1,11 +1,16 @@
 """The public rollout function: checks and backend choice. The definition is in `reference.py`."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from jambatalk_kernels import backends
-from jambatalk_kernels.rollout import reference
-from jambatalk_kernels.rollout.program import Program, RolloutState
+from jambatalk_kernels.attention.reference import KVCache
+from jambatalk_kernels.backends import Reason, candidates, choose, native_library
+from jambatalk_kernels.rollout import cpu, reference
+from jambatalk_kernels.rollout.program import MambaMixer, MambaState, Program, RolloutState
+
+MOST_TAPS = 16  # of the convolution, on `cpu`
 
 
 def rollout(
@@ -22,20 +27,58 @@ def rollout(
     Args:
         program: the decoder as data.
         inputs: (batch, frames, d): audio, style and periodic encoding already added.
-        state: where an earlier call stopped; None starts anew. It is not changed. Splitting a clip into calls at any
-            point gives what one call gives.
+        state: where an earlier call stopped; None starts anew. It is not changed, also when the call is interrupted.
+            Splitting a clip into calls at any point gives what one call gives.
         lengths: (batch,) integers: frames of each sequence; later ones are not computed (their hidden is zero) and
             leave that sequence's state alone.
-        weights_dtype: round the matrices to this dtype first; arithmetic stays in the dtype of the inputs.
+        weights_dtype: round the matrices to this dtype first (the router never); arithmetic stays in the dtype of the
+            inputs, and so it does under autocast. On `cpu` bfloat16 is also how they are stored.
 
     Returns:
         hidden (batch, frames, d) after the final norm, and the state for the next call. No gradients.
 
-    Cost per frame is constant where attention has a window; memory beyond the output is then constant too.
+    Cost: on `cpu` a frame reads every matrix that it needs once (of the experts only the chosen ones), for all of a
+    batch together where they are large; that reading binds: 4 bytes a weight, 2 in bfloat16. The first call with a
+    program copies its matrices into the order in which they are read and keeps the copy as long as the program lives
+    (made again when they change in place). Threads share each product where the weights are large, otherwise the
+    sequences; the same bytes with any number of them. Ctrl-C is heard a few times a second. Cost per frame is constant
+    where attention has a window; memory beyond the output is then constant too.
 
     Raises:
         TypeError, ValueError: a bad dtype, shape or state, naming the argument.
     """
+    _check(program, inputs, state, lengths, weights_dtype)
+    chosen = choose("rollout", backend, _options(program, inputs, state))
+    with torch.no_grad():
+        if chosen == "cpu":
+            return cpu.rollout(_NATIVE, program, inputs, state, lengths, weights_dtype)
+        with torch.autocast(inputs.device.type, enabled=False):
+            return reference.rollout(program.rounded(weights_dtype), inputs, state, lengths)
+
+
+def _options(program: Program, inputs: Tensor, state: RolloutState | None) -> Mapping[str, Reason]:
+    options = {**candidates("rollout", inputs), **dict.fromkeys(("triton", "cuda"), "no kernel is written for it yet")}
+    if inputs.device.type != "cpu":
+        return {"reference": None, **options}
+    if options["cpu"] is None:
+        options["cpu"] = _why_not_native(program, inputs, state)
+    return options
+
+
+def _why_not_native(program: Program, inputs: Tensor, state: RolloutState | None) -> str | None:
+    if inputs.dtype not in (torch.float32, torch.float64):
+        return f"it computes in float32 and float64, and the inputs are {inputs.dtype}"
+    for layer in program.layers:
+        if isinstance(layer.mixer, MambaMixer) and layer.mixer.conv_weight.shape[1] > MOST_TAPS:
+            return f"its convolutions have at most {MOST_TAPS} taps"
+    if state is not None:
+        for tensor in state.tensors():
+            if tensor.is_floating_point() and tensor.dtype != inputs.dtype:
+                return f"the state holds {tensor.dtype} and the inputs are {inputs.dtype}"
+    return None
+
+
+def _check(program, inputs, state, lengths, weights_dtype) -> None:
     if not isinstance(program, Program):
         raise TypeError(f"program must be a Program, got {type(program).__name__}")
     if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
@@ -48,14 +91,9 @@ def rollout(
         )
     if program.final_norm.dtype != inputs.dtype:
         raise TypeError(f"inputs must have the dtype of the program ({program.final_norm.dtype}), got {inputs.dtype}")
-    batch, frames = inputs.shape[:2]
+    batch = inputs.shape[0]
     if state is not None:
-        if not isinstance(state, RolloutState):
-            raise TypeError(f"state must be a RolloutState, got {type(state).__name__}")
-        if state.batch != batch:
-            raise ValueError(f"state is for a batch of {state.batch}, but inputs have {batch}")
-        if len(state.mixers) != len(program.layers):
-            raise ValueError(f"state is for {len(state.mixers)} layers, but the program has {len(program.layers)}")
+        _check_state(program, inputs, state)
     if lengths is not None:
         if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.dtype == torch.bool:
             raise TypeError("lengths must be an integer tensor")
@@ -63,6 +101,46 @@ def rollout(
             raise ValueError(f"lengths must be ({batch},), got shape {tuple(lengths.shape)}")
     if weights_dtype is not None and not weights_dtype.is_floating_point:
         raise TypeError(f"weights_dtype must be a float dtype, got {weights_dtype}")
-    backends.choose("rollout", backend, {"reference": None})
-    with torch.no_grad():
-        return reference.rollout(program.rounded(weights_dtype), inputs, state, lengths)
+
+
+def _check_state(program: Program, inputs: Tensor, state: RolloutState) -> None:
+    if not isinstance(state, RolloutState):
+        raise TypeError(f"state must be a RolloutState, got {type(state).__name__}")
+    batch = inputs.shape[0]
+    if state.batch != batch:
+        raise ValueError(f"state is for a batch of {state.batch}, but inputs have {batch}")
+    if len(state.mixers) != len(program.layers):
+        raise ValueError(f"state is for {len(state.mixers)} layers, but the program has {len(program.layers)}")
+    expected = {"feedback": (state.feedback, (batch, program.width)), "position": (state.position, (batch,))}
+    for index, (layer, mine) in enumerate(zip(program.layers, state.mixers, strict=True)):
+        mixer, name = layer.mixer, f"mixers[{index}]"
+        kind = MambaState if isinstance(mixer, MambaMixer) else KVCache
+        if not isinstance(mine, kind):
+            raise TypeError(f"state.{name} must be a {kind.__name__}, got {type(mine).__name__}")
+        if isinstance(mixer, MambaMixer):
+            inner, taps = mixer.conv_weight.shape
+            expected[f"{name}.conv"] = (mine.conv, (batch, taps - 1, inner))
+            expected[f"{name}.scan"] = (mine.scan, (batch, inner, mixer.A.shape[1]))
+        else:
+            capacity = mine.k.shape[1] if mine.k.dim() > 1 else 0
+            if capacity < (mixer.window or 1):
+                raise ValueError(f"state.{name} must have room for {mixer.window or 1} positions, got {capacity}")
+            expected[f"{name}.k"] = (mine.k, (batch, capacity, mixer.kv_heads, mixer.head_dim))
+            expected[f"{name}.v"] = (mine.v, (batch, capacity, mixer.kv_heads, mixer.head_dim))
+            expected[f"{name}.position"] = (mine.position, (batch,))
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"state.{name} must be {shape}, got shape {tuple(tensor.shape)}")
+        if tensor.device != inputs.device:
+            raise ValueError(f"state.{name} must be on {inputs.device}, got {tensor.device}")
+        if name.endswith("position") and tensor.dtype != torch.int64:
+            raise TypeError(f"state.{name} must be int64, got {tensor.dtype}")
+
+
+def _fake_rollout(plan, storage, inputs, lengths, hidden, state, begin, end, eps, group, workers) -> None:
+    """Changes hidden and state in place."""
+
+
+if native_library()[0]:
+    torch.library.register_fake("jambatalk::rollout", _fake_rollout)
+    _NATIVE = torch.ops.jambatalk.rollout.default

@@ -77,7 +77,7 @@ class Layer:
     mlp: DenseMLP | MoEMLP
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity: what is derived from a program is kept beside it
 class Program:
     """hidden_t = final_norm(layers(inputs_t + feedback_t));   feedback_{t+1} = feedback @ hidden_t + feedback_bias.
 

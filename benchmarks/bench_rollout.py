@@ -1,0 +1,140 @@
+"""rollout: the whole autoregressive loop of both presets, against reading their weights and against a loop in Python.
+
+A frame reads every active weight once; so does one matrix-vector product of that size, the yardstick. "stepped" is the
+interpreter of reference.py: a loop in Python over the native step ops, one frame at a time. Random weights.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from benchmarks.results import Case
+from jambatalk_kernels import rollout
+from jambatalk_kernels.rollout.packing import frame_bytes
+
+try:
+    from jambatalk.config import JambaTalkConfig
+    from jambatalk.decoder import Decoder
+except ImportError as error:  # a machine that has what the kernels need and no more
+    pytest.skip(f"the model cannot be imported: {error}", allow_module_level=True)
+
+FRAMES = {"vocaset": 4, "demo": 50}  # of one call: short, so that a quiet moment is enough on a busy machine
+STEPPED = {"vocaset": 1.2, "demo": 2.5}
+
+
+def make_program(preset, **changes):
+    torch.manual_seed(0)
+    config = JambaTalkConfig.from_preset(preset, **changes)
+    size = config.d_model
+    with torch.no_grad():
+        decoder = Decoder(config).eval()
+        return decoder.program(0.5 * size**-0.5 * torch.randn(size, size), 0.1 * torch.randn(size)), config
+
+
+def rollout_case(preset, what, program, config, frames, native, threads=1, itemsize=4, batch=1):
+    read, d = frame_bytes(program, itemsize), config.d_model
+    layers = len(program.layers)
+    exponentials = sum(getattr(layer.mixer, "A", torch.empty(0)).numel() for layer in program.layers)
+    return Case(
+        f"rollout {preset} {what}, {threads} thread{'s' if threads > 1 else ''}, {native.cpu_isa()}", "rollout", "cpu",
+        bytes=frames * (read + 8 * batch * d),
+        operations={
+            "float32": frames * batch * (2 * read // itemsize + 4 * exponentials),
+            "exp": frames * batch * exponentials,
+        },
+        limit="reading the weights",
+        facts={"preset": preset, "d": d, "layers": layers, "frames": frames, "batch": batch, "threads": threads,
+               "active_weights": read // itemsize, "window": config.attention_window, "isa": native.cpu_isa()},
+    )  # fmt: skip
+
+
+def make_inputs(config, frames, batch=1):
+    return [{"x": torch.randn(batch, frames, config.d_model, generator=torch.Generator().manual_seed(1))}]
+
+
+@pytest.mark.parametrize("preset", ["vocaset", "demo"])
+def test_against_its_weights_and_the_stepped_loop(contest, native, preset):
+    program, config = make_program(preset)
+    frames = FRAMES[preset]
+    case = rollout_case(preset, "float32", program, config, frames, native)
+    weights = torch.randn(case.record["facts"]["active_weights"] // config.d_model, config.d_model)
+    vector = torch.randn(config.d_model)
+    others = {
+        "weights read": lambda i: [torch.mv(weights, vector) for _ in range(frames)],
+        "stepped": lambda i: rollout(program, i["x"], backend="reference"),
+        "bfloat16": lambda i: rollout(program, i["x"], weights_dtype=torch.bfloat16),
+    }
+    contest(case, lambda i: rollout(program, i["x"]), make_inputs(config, frames), others, rounds=60)
+    seconds = case.seconds
+    case.note("ms per frame", 1e3 * seconds["ours"] / frames)
+    case.note("bytes/s", case.record["bytes"] / seconds["ours"])
+    case.bar("time of reading the weights", seconds["ours"] / seconds["weights read"], most=1.4)
+    case.bar("faster than the stepped loop by", seconds["stepped"] / seconds["ours"], least=STEPPED[preset])
+    gain = seconds["ours"] / seconds["bfloat16"]
+    case.bar("bfloat16 faster by", gain, least=1.6) if preset == "vocaset" else case.note("bfloat16 faster by", gain)
+
+
+@pytest.mark.parametrize("preset", ["vocaset", "demo"])
+def test_two_threads(contest, native, preset):
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one core")
+    program, config = make_program(preset)
+    case = rollout_case(preset, "float32", program, config, FRAMES[preset], native, threads=2)
+
+    def call(i):
+        return rollout(program, i["x"])
+
+    inputs = make_inputs(config, FRAMES[preset])
+    contest(case, call, inputs, {"one thread": call}, threads={"ours": 2}, rounds=60)
+    gain = case.seconds["one thread"] / case.seconds["ours"]
+    if preset == "vocaset":
+        case.bar("faster than one thread by", gain, least=1.5)
+    else:
+        case.note("faster than one thread by", gain)
+
+
+@pytest.mark.parametrize("preset", ["vocaset", "demo"])
+def test_a_long_clip_costs_what_its_frames_cost(contest, native, preset):
+    """`vocaset` as it is looks back over the whole clip, `demo` over a window."""
+    program, config = make_program(preset)
+    short, long = (60, 600) if preset == "vocaset" else (600, 6000)
+    case = rollout_case(preset, f"{long} frames", program, config, long, native)
+    inputs = make_inputs(config, long)
+    contest(
+        case, lambda i: rollout(program, i["x"]), inputs,
+        {f"{short} frames": lambda i: rollout(program, i["x"][:, :short])}, rounds=3,
+    )  # fmt: skip
+    case.bar(f"time of {short} frames", case.seconds["ours"] / case.seconds[f"{short} frames"], most=10.5)
+
+
+@pytest.mark.parametrize("preset", ["vocaset", "demo"])
+def test_batch(contest, native, preset):
+    program, config = make_program(preset)
+    frames = FRAMES[preset]
+    case = rollout_case(preset, "float32 batch 8", program, config, frames, native, batch=8)
+    inputs = make_inputs(config, frames, batch=8)
+    contest(
+        case, lambda i: rollout(program, i["x"]), inputs,
+        {"one sequence": lambda i: rollout(program, i["x"][:1])}, rounds=20,
+    )  # fmt: skip
+    case.note("frames/s of all sequences", 8 * frames / case.seconds["ours"])
+    case.note("sequences at the price of one", 8 * case.seconds["one sequence"] / case.seconds["ours"])
+
+
+@pytest.mark.parametrize("preset", ["vocaset", "demo"])
+def test_one_frame_a_call(contest, native, preset):
+    """Streaming: each call copies the state and gives it back."""
+    program, config = make_program(preset, attention_window=300)
+    inputs = make_inputs(config, 50)
+    _, state = rollout(program, inputs[0]["x"])
+    case = rollout_case(preset, "one frame a call", program, config, 1, native)
+    contest(
+        case, lambda i: rollout(program, i["x"][:, :1], state), inputs,
+        {"50 frames a call": lambda i: rollout(program, i["x"], state)}, rounds=40,
+    )  # fmt: skip
+    alone = case.seconds["50 frames a call"] / 50
+    case.note("ms per frame", 1e3 * case.seconds["ours"])
+    case.note("microseconds a call beyond its frame", 1e6 * (case.seconds["ours"] - alone))
