@@ -355,7 +355,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(
   ConvBackward conv{};
   describe(call, conv, x, weight, bias, initial_state, cu_seqlens, bounds, silu);
   const int64_t b = conv.batch, l = conv.length, c = conv.channels, width = conv.width;
-  const ScalarType type = compute_type(x);
   conv.grad_y = call.array("grad_y", grad_y, {b, l, c});
   conv.grad_final_state = call.array("grad_final_state", grad_final_state, {conv.sequences, width - 1, c});
   Tensor dx = call.create(x.scalar_type(), {b, l, c}), dweight = call.create(weight.scalar_type(), {c, width});
