@@ -80,7 +80,7 @@ def test_against_its_weights_and_the_stepped_loop(contest, native, preset):
 @pytest.mark.parametrize("preset", ["vocaset", "demo"])
 def test_two_threads(contest, native, preset):
     if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("one core")
+        pytest.skip("this process may use one core: two threads have nothing to run on")
     program, config = make_program(preset)
     case = rollout_case(preset, "float32", program, config, FRAMES[preset], native, threads=2)
 

@@ -64,9 +64,9 @@ def test_accuracy_rule(dtype, isa):
     exact = everything(*(tensor.double() for tensor in low), 2, backend="reference")
     assert torch.equal(got["experts"], exact["experts"])
     for name in ("y", "weights", "dlogits", "dx", "dw_in", "dw_out"):
-        rounding = torch.finfo(got[name].dtype).eps / 4
+        rounding = torch.finfo(got[name].dtype).eps / 4  # the reference's own: uniform within half a unit, as RMS
         assert rmse(got[name], exact[name]) <= 2 * rmse(torchs[name], exact[name]) + rounding, name
-        assert rmse(got[name], exact[name]) <= (1e-5 if dtype == torch.float32 else 1e-2), name
+        assert rmse(got[name], exact[name]) <= (1e-5 if dtype == torch.float32 else 5e-3), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -76,11 +76,14 @@ def test_a_few_assignments_are_the_same_sum(dtype, isa):
         logits, x, w_in, w_out = example(*shape, dtype=dtype)
         turned = w_in.transpose(1, 2).contiguous().transpose(1, 2)  # strides that are not the usual ones
         routing = moe_route(logits, shape[4])
+        # One rounding of the result, those of sums of up to 130 terms in the compute dtype: about sqrt(130) / 2 eps.
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        bound = torch.finfo(dtype).eps / 2 + 8 * torch.finfo(compute).eps
         exact = reference.moe_mlp_dense(x.double(), routing, w_in.double(), w_out.double())
         with torch.no_grad():
             y = moe_mlp(x, routing, w_in, w_out, backend="cpu")
-            assert rmse(moe_mlp(x, routing, turned, w_out, backend="cpu"), exact) <= 8 * torch.finfo(dtype).eps
-        assert y.dtype == dtype and rmse(y, exact) <= 8 * torch.finfo(dtype).eps
+            assert rmse(moe_mlp(x, routing, turned, w_out, backend="cpu"), exact) <= bound
+        assert y.dtype == dtype and rmse(y, exact) <= bound
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -211,9 +214,13 @@ def test_any_call_is_right_or_refused(data):
     if fault is None:
         got = everything(*inputs, top_k, activation)
         want = everything(*(t.double() for t in inputs), top_k, activation, backend="reference")
-        tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(dtype, 0.3)
+        torchs = everything(*inputs, top_k, activation, backend="reference")
         for name in ("y", "dx", "dw_in", "dw_out"):
-            torch.testing.assert_close(got[name].double(), want[name], rtol=tolerance, atol=tolerance)
+            if want[name].numel():
+                # The rule of accuracy; and four roundings of the largest number, since PyTorch may be exact by luck.
+                theirs, largest = (torchs[name].double() - want[name]).abs().max(), want[name].abs().max()
+                bound = 2 * theirs + 4 * torch.finfo(dtype).eps * largest
+                assert (got[name].double() - want[name]).abs().max() <= bound, name
         return
     names = ["logits", "x", "w_in", "w_out"]
     if fault in names:
