@@ -10,7 +10,7 @@ import torch
 from jambatalk_kernels.attention import triton as kernels
 from jambatalk_kernels.attention import triton_step
 from jambatalk_kernels.attention.heuristics import Device
-from jambatalk_kernels.moe.ahead_of_time import recorded_launches
+from jambatalk_kernels.triton_launches import recorded_launches
 
 __all__ = ["ahead_of_time_cases"]
 

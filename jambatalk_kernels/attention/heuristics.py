@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from jambatalk_kernels.moe.heuristics import Device, next_power_of_2
+from jambatalk_kernels.gpu import Device, next_power_of_2
 
 __all__ = [
     "BackwardPlan",

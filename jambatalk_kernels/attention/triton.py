@@ -41,7 +41,7 @@ from torch import Tensor
 
 from jambatalk_kernels.attention import heuristics
 from jambatalk_kernels.attention.heuristics import Device
-from jambatalk_kernels.moe.interpreter import dot, rounded
+from jambatalk_kernels.triton_interpreter import dot, rounded
 
 __all__ = ["attention_backward", "attention_forward"]
 

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from jambatalk_kernels.attention import heuristics
 from jambatalk_kernels.attention.triton import LOG2_E, check, device_of
-from jambatalk_kernels.moe.interpreter import dot, rounded
+from jambatalk_kernels.gpu import next_power_of_2
+from jambatalk_kernels.triton_interpreter import dot, rounded
 
 __all__ = ["attention_step"]
 
@@ -206,7 +207,7 @@ def attention_step(
         *q.stride(), *k.stride(), *v.stride(), *cos.stride(), *sin.stride(),
         *cache_k.stride(), *cache_v.stride(), position.stride(0),
         GROUP=group, WINDOW=window is not None, INTERLEAVED=interleaved, SPLITS=plan.splits,
-        BLOCK_G=1 if group == 1 else max(16, heuristics.next_power_of_2(group)), BLOCK_N=plan.block_n,
+        BLOCK_G=1 if group == 1 else max(16, next_power_of_2(group)), BLOCK_N=plan.block_n,
         BLOCK_D=block_d, num_warps=plan.num_warps,
     )  # fmt: skip
     if plan.splits > 1:

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jambatalk_kernels.causal_conv1d.heuristics import backward_tile, forward_tile, time_is_fastest
+from jambatalk_kernels.gpu import next_power_of_2
 
 __all__ = ["ahead_of_time_cases", "conv_backward", "conv_forward", "conv_step"]
 
@@ -644,10 +645,6 @@ def _strides(tensor: Tensor | None, dimensions: int) -> tuple[int, ...]:
     return (0,) * dimensions if tensor is None else tensor.stride()
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
 def _locate(cu_seqlens: Tensor | None, length: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """-> the boundaries, cleaned as the reference does; per position its sequence and its place there. No host read."""
     if cu_seqlens is None:
@@ -690,7 +687,7 @@ def conv_forward(
         _forward_kernel[(programs,)](
             x, weight, bias, initial_state, bounds, sequence_of, ahead_of, y, final_state, edges, length, channels,
             *x_strides, *weight.stride(), *_strides(bias, 1), *_strides(initial_state, 3), *y.stride(),
-            width, _power_of_two(width), silu, compute, tile.block_c, tile.groups, tile.rows, tile.steps,
+            width, next_power_of_2(width), silu, compute, tile.block_c, tile.groups, tile.rows, tile.steps,
             tile.time_fastest, EDGE_CHANNELS, num_warps=tile.warps, enable_fp_fusion=True,
         )  # fmt: skip
     return y, final_state
@@ -733,7 +730,7 @@ def conv_backward(
             dinitial_state, edges, length, channels,
             *_strides(grad_y, 3), *_strides(grad_final_state, 3), *x_strides, *weight.stride(), *_strides(bias, 1),
             *_strides(initial_state, 3), *dx.stride(),
-            width, _power_of_two(width), silu, compute, tile.block_c, tile.groups, tile.rows, tile.steps,
+            width, next_power_of_2(width), silu, compute, tile.block_c, tile.groups, tile.rows, tile.steps,
             tile.time_fastest, EDGE_CHANNELS, num_warps=tile.warps, enable_fp_fusion=True,
         )  # fmt: skip
     _sum_kernel[(-(-channels // SUM_CHANNELS), width + 1)](
@@ -753,7 +750,8 @@ def conv_step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sil
         _step_kernel[(programs,)](
             state, x, weight, bias, y, channels,
             *state.stride(), *x.stride(), *weight.stride(), *_strides(bias, 1),
-            width, _power_of_two(width), silu, _compute_dtype(x)[1], STEP_CHANNELS, num_warps=4, enable_fp_fusion=True,
+            width, next_power_of_2(width), silu, _compute_dtype(x)[1], STEP_CHANNELS, num_warps=4,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return y
 
@@ -771,7 +769,7 @@ def ahead_of_time_cases() -> list[dict]:
     def case(name, kernel, element, constexprs, absent=(), time_fastest=False, warps=4):
         constexprs = {**constexprs, **dict.fromkeys(absent)}
         if "WIDTH" in kernel.arg_names and "PADDED" in kernel.arg_names:
-            constexprs |= {"PADDED": _power_of_two(constexprs["WIDTH"]), "dtype": tl.float32}
+            constexprs |= {"PADDED": next_power_of_2(constexprs["WIDTH"]), "dtype": tl.float32}
         for stride in kernel.arg_names:
             along_time, along_channels = (
                 stride in ("x_t", "y_t", "g_t", "dx_t"),

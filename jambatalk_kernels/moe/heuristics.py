@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from jambatalk_kernels.gpu import Device, next_power_of_2
+
 MAX_EXPERTS = 256
 MAX_TOP_K = 16
 MATRIX_VECTOR_ASSIGNMENTS = 16  # up to here the forward pass streams weights and has no use for matrix instructions
-
-
-def next_power_of_2(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -50,11 +48,6 @@ class TilePlan(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
-
-
-class Device(NamedTuple):
-    capability: tuple[int, int]
-    multiprocessors: int
 
 
 # What one block may use of shared memory (CUDA programming guide), less what the compiler adds to the pipeline's tiles.

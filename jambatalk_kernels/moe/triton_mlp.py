@@ -39,9 +39,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from jambatalk_kernels.gpu import Device, next_power_of_2
 from jambatalk_kernels.moe import heuristics
-from jambatalk_kernels.moe.heuristics import MAX_EXPERTS, MAX_TOP_K, Device, next_power_of_2
-from jambatalk_kernels.moe.interpreter import dot, rounded
+from jambatalk_kernels.moe.heuristics import MAX_EXPERTS, MAX_TOP_K
+from jambatalk_kernels.triton_interpreter import dot, rounded
 
 __all__ = ["ahead_of_time_cases", "mlp_backward", "mlp_forward"]
 
@@ -666,7 +667,7 @@ def ahead_of_time_cases(capability: int) -> list[dict]:
     """What launches at the bars' sizes are compiled as on 128 multiprocessors of that capability (90: sm_90)."""
     from unittest.mock import patch
 
-    from jambatalk_kernels.moe.ahead_of_time import recorded_launches
+    from jambatalk_kernels.triton_launches import recorded_launches
 
     cases = []
     for sizes in (

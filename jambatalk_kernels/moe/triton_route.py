@@ -26,8 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jambatalk_kernels.moe.heuristics import MAX_EXPERTS, MAX_TOP_K, next_power_of_2, route_plan
-from jambatalk_kernels.moe.interpreter import rounded
+from jambatalk_kernels.gpu import next_power_of_2
+from jambatalk_kernels.moe.heuristics import MAX_EXPERTS, MAX_TOP_K, route_plan
+from jambatalk_kernels.triton_interpreter import rounded
 
 __all__ = ["ahead_of_time_cases", "route_backward", "route_forward"]
 
@@ -251,7 +252,7 @@ def route_backward(
 
 def ahead_of_time_cases() -> list[dict]:
     """What launches at the model's sizes, at the bar's and at the limits are compiled as."""
-    from jambatalk_kernels.moe.ahead_of_time import recorded_launches
+    from jambatalk_kernels.triton_launches import recorded_launches
 
     cases = []
     for tokens, experts, top_k in ((1, 8, 2), (8192, 8, 2), (8192, 8, 8), (8192, 256, 16)):

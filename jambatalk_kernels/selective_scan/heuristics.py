@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+from jambatalk_kernels.gpu import next_power_of_2
+
 __all__ = ["CHUNK", "SCRATCH_ELEMENTS", "Layout", "backward_layout", "chunk_length", "forward_layout", "step_layout"]
 
 LANES = 32  # of a warp
@@ -39,7 +41,7 @@ class Layout(NamedTuple):
 
 def chunk_length(states: int) -> int:
     """Positions between two saved states: saves 4 * states / chunk bytes per input element, 4 at most."""
-    return max(CHUNK, _power_of_two(states))
+    return max(CHUNK, next_power_of_2(states))
 
 
 def forward_layout(sequences: int, length: int, channels: int, states: int, multiprocessors: int) -> Layout:
@@ -48,7 +50,7 @@ def forward_layout(sequences: int, length: int, channels: int, states: int, mult
 
     ``length``: of the longest sequence that there can be.
     """
-    padded = max(4, _power_of_two(states))
+    padded = max(4, next_power_of_2(states))
     lanes_n = max(4, min(LANES, padded // 4))
     enough = ENOUGH_WARPS * multiprocessors
 
@@ -78,7 +80,7 @@ def backward_layout(
     """As :func:`forward_layout`, with as many warps per program as leave three programs for four multiprocessors: the
     wider a program, the fewer partial sums of dB and dC. Two channels per lane take all registers that there are;
     compiled for sm_100 and sm_120 (``capability`` 100, 120) some would spill."""
-    padded = max(4, _power_of_two(states))
+    padded = max(4, next_power_of_2(states))
     lanes_n = max(4, min(LANES, padded // 4))
     enough = FEWEST_WARPS * multiprocessors
 
@@ -103,7 +105,7 @@ def backward_layout(
 @functools.cache
 def step_layout(batch: int, channels: int, states: int) -> Layout:
     """One position: as many lanes per channel as let a lane read 16 bytes of a float32 state."""
-    padded = max(4, _power_of_two(states))
+    padded = max(4, next_power_of_2(states))
     return _layout(padded, 1, max(4, min(LANES, padded // 4)), channels, warps=4 if batch * channels >= 16384 else 1)
 
 
@@ -114,7 +116,3 @@ def _layout(padded: int, per_lane: int, lanes_n: int, channels: int, warps: int,
     while warps > 1 and (warps // 2) * LANES // lanes_n * per_lane >= channels:
         warps //= 2
     return Layout(states_per_lane, per_lane, warps, lanes_n, steps, splits)
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from jambatalk_kernels.attention import heuristics, reference
+from jambatalk_kernels.gpu import Device  # noqa: E402
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
@@ -79,7 +80,7 @@ CASES = [  # (batch, length, heads, kv_heads, head_dim), table, options
     ((1, 17, 2, 1, 16), "positions", dict(window=100, scale=0.7)),
     ((1, 1, 8, 1, 64), "positions", dict()),
 ]
-FEW, MANY = heuristics.Device((8, 0), 1), heuristics.Device((8, 9), 10_000)  # large tiles, small tiles
+FEW, MANY = Device((8, 0), 1), Device((8, 9), 10_000)  # large tiles, small tiles
 
 
 @pytest.mark.parametrize("device", [FEW, MANY], ids=["large tiles", "small tiles"])
@@ -367,12 +368,12 @@ def test_step_plan_covers_the_cache():
     for capability, capacity, groups, head_dim, itemsize in itertools.product(
         CAPABILITIES, (1, 5, 64, 65, 600, 100_000), (1, 8, 10_000), HEAD_DIMS, (2, 4)
     ):
-        plan = heuristics.step_plan(capacity, groups, head_dim, itemsize, heuristics.Device(capability, 100))
+        plan = heuristics.step_plan(capacity, groups, head_dim, itemsize, Device(capability, 100))
         assert plan.slots * (plan.splits - 1) < capacity <= plan.slots * plan.splits and plan.slots % plan.block_n == 0
         assert powers_of_two(plan.block_n) and 1 <= plan.splits <= 32
         assert plan.block_n * heuristics.padded_head_dim(head_dim) * itemsize <= 16384 or plan.block_n == 16
-    assert heuristics.step_plan(600, 8, 64, 2, heuristics.Device((9, 0), 132)).splits == 10
-    assert heuristics.step_plan(600, 1000, 64, 2, heuristics.Device((9, 0), 132)).splits == 1
+    assert heuristics.step_plan(600, 8, 64, 2, Device((9, 0), 132)).splits == 10
+    assert heuristics.step_plan(600, 1000, 64, 2, Device((9, 0), 132)).splits == 1
 
 
 # ---- tiles ----------------------------------------------------------------------------------------------------------
@@ -388,7 +389,7 @@ def powers_of_two(*sizes):
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
 def test_forward_tiles_fit_every_gpu(capability):
-    device = heuristics.Device(capability, 100)
+    device = Device(capability, 100)
     limit = gpu_code.SHARED_LIMIT[CAPABILITIES[capability]]
     for length, head_dim, itemsize in itertools.product(LENGTHS, HEAD_DIMS, (2, 4)):
         for group, groups in ((1, 1), (1, 64), (3, 2), (8, 1)):
@@ -402,7 +403,7 @@ def test_forward_tiles_fit_every_gpu(capability):
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
 def test_backward_tiles_fit_every_gpu(capability):
-    device = heuristics.Device(capability, 100)
+    device = Device(capability, 100)
     limit = gpu_code.SHARED_LIMIT[CAPABILITIES[capability]]
     for length, head_dim, itemsize in itertools.product(LENGTHS, HEAD_DIMS, (2, 4)):
         for group, groups in ((1, 1), (1, 64), (3, 2), (8, 1)):

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from jambatalk_kernels.gpu import Device  # noqa: E402
 from jambatalk_kernels.moe import heuristics, reference
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = triton.language
 
 from jambatalk_kernels.moe import triton_mlp, triton_route  # noqa: E402
-from jambatalk_kernels.moe.interpreter import rounded  # noqa: E402
+from jambatalk_kernels.triton_interpreter import rounded  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -202,7 +203,7 @@ MLPS = [
     (37, 1, 1, 33, 20, 7, "relu"),
     (60, 2, 1, 16, 8, 16, "gelu"),
 ]
-FEW, MANY = (heuristics.Device((8, 0), multiprocessors) for multiprocessors in (1, 108))
+FEW, MANY = (Device((8, 0), multiprocessors) for multiprocessors in (1, 108))
 
 
 @pytest.fixture(autouse=True)
@@ -483,7 +484,7 @@ def sound(tile, itemsize, capability, operands=1, buffers=None):
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
 def test_tiles_fit_every_gpu(capability):
-    device = heuristics.Device(capability, 100)
+    device = Device(capability, 100)
     for itemsize in (2, 4):
         for rows, columns, depth in itertools.product(SIZES, repeat=3):
             for experts, operands, even in itertools.product((1, 8, 256), (1, 2), (False, True)):
@@ -500,7 +501,7 @@ def test_tiles_fit_every_gpu(capability):
 
 
 def test_tiles_are_large_for_large_products_and_employ_the_gpu_for_small_ones():
-    a100, h200 = heuristics.Device((8, 0), 108), heuristics.Device((9, 0), 132)
+    a100, h200 = Device((8, 0), 108), Device((9, 0), 132)
     assert heuristics.product_plan(1024, 1024, 1024, 8, 2, a100)[:2] == (128, 128)
     assert heuristics.product_plan(1024, 1024, 1024, 8, 2, h200)[:2] == (128, 256)
     assert heuristics.product_plan(1024, 1024, 1024, 8, 2, h200, operands=2)[:2] == (128, 128)
