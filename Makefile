@@ -27,14 +27,12 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # The build is isolated (pyproject.toml pins torch for its headers), so this is what `pip install .` does anywhere.
-$(VENV)/.installed: $(VENV)/bin/python $(NATIVE) $(PACKAGE)
+$(VENV)/.installed: EXTRA := demo
+$(VENV)/.installed-test: EXTRA := demo,test
+$(VENV)/.installed $(VENV)/.installed-test: $(VENV)/bin/python $(NATIVE) $(PACKAGE)
 	$(INSTALL) torch==2.13.0
-	$(INSTALL) --upgrade --upgrade-strategy only-if-needed ".[demo]"
-	touch $@
-
-$(VENV)/.installed-test: $(VENV)/.installed
-	$(INSTALL) ".[test]"
-	touch $@
+	$(INSTALL) --upgrade --upgrade-strategy only-if-needed ".[$(EXTRA)]"
+	touch $@ $(VENV)/.installed
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo.html
