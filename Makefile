@@ -7,7 +7,7 @@ INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check -c constrai
 NATIVE := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 PACKAGE := $(shell find jambatalk jambatalk_kernels -type f -not -name '*.pyc' 2>/dev/null)
 
-.PHONY: demo test check lint clean
+.PHONY: demo test check lint docs clean
 
 demo: $(VENV)/.installed
 	$(RUN) -m jambatalk.infer -o demo.html
@@ -22,6 +22,11 @@ check: $(VENV)/.installed-test lint
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check --quiet .
+
+# The API reference, from the docstrings, into build/docs.
+docs: $(VENV)/.installed
+	$(INSTALL) pdoc
+	$(RUN) -m pdoc --docformat google --output-directory build/docs jambatalk_kernels jambatalk
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
