@@ -29,7 +29,7 @@ WRITTEN: dict[str, tuple[str, ...]] = {
     "moe_mlp": ("cpu", "triton", "reference"),
     "rope_attention": ("triton", "reference"),
     "rope_attention_step": ("triton", "reference"),
-    "rollout": ("cpu", "reference"),
+    "rollout": ("cpu", "triton", "reference"),
 }
 
 ENVIRONMENT = {

@@ -1,14 +1,24 @@
 """The public rollout function: checks and backend choice. The definition is in `reference.py`."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 
 import torch
 from torch import Tensor
 
+from jambatalk_kernels.attention.op import MAX_TRITON_HEAD_DIM
 from jambatalk_kernels.attention.reference import KVCache
 from jambatalk_kernels.backends import Reason, candidates, choose, native_library
-from jambatalk_kernels.rollout import cpu, reference
-from jambatalk_kernels.rollout.program import MambaMixer, MambaState, Program, RolloutState
+from jambatalk_kernels.moe.heuristics import MAX_EXPERTS, MAX_TOP_K
+from jambatalk_kernels.rollout import cpu, graph, reference
+from jambatalk_kernels.rollout.program import (
+    AttentionMixer,
+    MambaMixer,
+    MambaState,
+    MoEMLP,
+    Program,
+    RolloutState,
+)
 
 MOST_TAPS = 16  # of the convolution, on `cpu`
 
@@ -53,27 +63,52 @@ def rollout(
         if chosen == "cpu":
             return cpu.rollout(_NATIVE, program, inputs, state, lengths, weights_dtype)
         with torch.autocast(inputs.device.type, enabled=False):
+            if chosen == "triton":
+                return graph.rollout(program, inputs, state, lengths, weights_dtype)
             return reference.rollout(program.rounded(weights_dtype), inputs, state, lengths)
 
 
 def _options(program: Program, inputs: Tensor, state: RolloutState | None) -> Mapping[str, Reason]:
-    options = {**candidates("rollout", inputs), **dict.fromkeys(("triton", "cuda"), "no kernel is written for it yet")}
-    if inputs.device.type != "cpu":
-        return {"reference": None, **options}
+    options = {**candidates("rollout", inputs), "cuda": "no kernel is written for it yet"}
     if options["cpu"] is None:
         options["cpu"] = _why_not_native(program, inputs, state)
+    if options["triton"] is None or callable(options["triton"]):
+        options["triton"] = _why_not_triton(program, inputs, state) or options["triton"]
     return options
 
 
 def _why_not_native(program: Program, inputs: Tensor, state: RolloutState | None) -> str | None:
     if inputs.dtype not in (torch.float32, torch.float64):
         return f"it computes in float32 and float64, and the inputs are {inputs.dtype}"
+    return _too_many_taps(program) or _other_dtype(inputs, state)
+
+
+def _why_not_triton(program: Program, inputs: Tensor, state: RolloutState | None) -> str | None:
+    if inputs.dtype == torch.float64:
+        return "it computes in float32, and the inputs are torch.float64"
+    for layer in program.layers:
+        mixer, mlp = layer.mixer, layer.mlp
+        if isinstance(mixer, AttentionMixer) and mixer.head_dim > MAX_TRITON_HEAD_DIM:
+            return f"its attention has head_dim up to {MAX_TRITON_HEAD_DIM}"
+        if isinstance(mlp, MoEMLP) and (mlp.router.shape[0] > MAX_EXPERTS or mlp.top_k > MAX_TOP_K):
+            return f"it has up to {MAX_EXPERTS} experts and top_k {MAX_TOP_K}"
+    return _too_many_taps(program) or _other_dtype(inputs, state)
+
+
+def _too_many_taps(program: Program) -> str | None:
     for layer in program.layers:
         if isinstance(layer.mixer, MambaMixer) and layer.mixer.conv_weight.shape[1] > MOST_TAPS:
             return f"its convolutions have at most {MOST_TAPS} taps"
-    if state is not None:
-        for tensor in state.tensors():
-            if tensor.is_floating_point() and tensor.dtype != inputs.dtype:
+    return None
+
+
+def _other_dtype(inputs: Tensor, state: RolloutState | None) -> str | None:
+    for mixer in [] if state is None else [*state.mixers, state]:
+        for field in fields(mixer):
+            tensor = getattr(mixer, field.name)
+            scan = isinstance(mixer, MambaState) and field.name == "scan"
+            expected = torch.promote_types(inputs.dtype, torch.float32) if scan else inputs.dtype
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != expected:
                 return f"the state holds {tensor.dtype} and the inputs are {inputs.dtype}"
     return None
 

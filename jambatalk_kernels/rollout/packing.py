@@ -10,13 +10,20 @@ import math
 import mmap
 import weakref
 from collections.abc import Callable
-from dataclasses import fields
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from jambatalk_kernels.rollout.program import AttentionMixer, DenseMLP, Layer, MambaMixer, MoEMLP, Program
+from jambatalk_kernels.rollout.program import (
+    AttentionMixer,
+    DenseMLP,
+    Layer,
+    MambaMixer,
+    MoEMLP,
+    Program,
+    tensors_of,
+)
 
 PANEL, INPUT_PADDING, ALIGNMENT = 32, 4, 64  # kPanel, kInputPadding of csrc/cpu/kernels.h; bytes
 
@@ -31,7 +38,7 @@ class _Kept:
     """What was made of one program, and of which versions of its tensors."""
 
     def __init__(self, program: Program) -> None:
-        self.tensors = _tensors(program)
+        self.tensors = tensors_of(program)
         self.versions: list[tuple[int, int]] = []
         self.packed: dict[torch.dtype, Packed] = {}
 
@@ -51,12 +58,6 @@ def pack(program: Program, weights_dtype: torch.dtype | None) -> Packed:
     if dtype not in kept.packed:
         kept.packed[dtype] = _pack(program, dtype)
     return kept.packed[dtype]
-
-
-def _tensors(program: Program) -> list[Tensor]:
-    records = [program, *(record for layer in program.layers for record in (layer.mixer, layer.mlp))]
-    values = [getattr(record, field.name) for record in records for field in fields(record)]
-    return [value for value in values if isinstance(value, Tensor)]
 
 
 def _padded(size: int, to: int) -> int:

@@ -110,6 +110,13 @@ class Program:
         return replace(self, layers=layers, feedback=feedback)
 
 
+def tensors_of(program: Program) -> list[Tensor]:
+    """Every tensor of its records, in a fixed order."""
+    records = [program, *(record for layer in program.layers for record in (layer.mixer, layer.mlp))]
+    values = [getattr(record, field.name) for record in records for field in fields(record)]
+    return [value for value in values if isinstance(value, Tensor)]
+
+
 @dataclass
 class MambaState:
     conv: Tensor  # (batch, width - 1, inner): the last inputs of the convolution, oldest first

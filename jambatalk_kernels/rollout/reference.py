@@ -1,10 +1,13 @@
 """The definition of the autoregressive loop: an interpreter of a `Program`, one frame after another, in PyTorch.
 
-It calls the step functions of the other ops, so their C++ versions serve it where they are built.
+It calls the step functions of the other ops, so their C++ versions serve it where they are built. `step` is also the
+frame that `graph.py` captures, with the GPU's step functions (`StepOps`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +18,6 @@ from jambatalk_kernels.causal_conv1d.op import causal_conv1d_step
 from jambatalk_kernels.moe.reference import activate, moe_mlp, moe_route
 from jambatalk_kernels.rollout.program import (
     AttentionMixer,
-    DenseMLP,
     MambaMixer,
     MambaState,
     MoEMLP,
@@ -91,66 +93,108 @@ def run(program: Program, inputs: Tensor, state: RolloutState, hidden: Tensor) -
         tables = {}  # (head_dim, base) -> cos, sin (frames, batch, head_dim / 2)
         for layer in program.layers:
             if isinstance(layer.mixer, AttentionMixer):
-                tables[layer.mixer.head_dim, layer.mixer.rope_base] = _table(layer.mixer, positions, inputs.dtype)
+                tables[layer.mixer.head_dim, layer.mixer.rope_base] = rotary_rows(layer.mixer, positions, inputs.dtype)
         for frame in range(begin, end):
             at = {key: (cos[frame - begin], sin[frame - begin]) for key, (cos, sin) in tables.items()}
-            hidden[:, frame] = step(program, inputs[:, frame], state, at)
+            hidden[:, frame] = step(program, inputs[:, frame], state, at, REFERENCE)
 
 
-def _table(mixer: AttentionMixer, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_rows(mixer: AttentionMixer, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if mixer.rope_base is None:
         one = torch.ones(*positions.shape, mixer.head_dim // 2, dtype=dtype, device=positions.device)
         return one, torch.zeros_like(one)
     return rotary_table(positions, mixer.head_dim, mixer.rope_base, dtype)
 
 
-def step(program: Program, x: Tensor, state: RolloutState, tables: dict) -> Tensor:
+class StepOps(NamedTuple):
+    """What a frame is made of; see the functions of these names for what each computes."""
+
+    linear: Callable[..., Tensor]
+    norms: Callable[..., tuple[Tensor, ...]]
+    conv: Callable[..., Tensor]
+    scan: Callable[..., Tensor]
+    attention: Callable[..., Tensor]
+    experts: Callable[[MoEMLP, Tensor, float], Tensor]
+
+
+def linear_step(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """residual + weight f(x) + bias, x (batch, in), weight (out, in).
+
+    f is RMSNorm with the weight `norm`; or, `gated`, silu(first half of x) * second half; or nothing.
+    """
+    if norm is not None:
+        x = rms_norm(x, norm.shape, norm, eps)
+    if gated:
+        gate, up = x.chunk(2, dim=-1)
+        x = silu(gate) * up
+    y = linear(x, weight, bias)
+    return y if residual is None else residual + y
+
+
+def norms_step(x: Tensor, weights: tuple[Tensor, ...], eps: float) -> tuple[Tensor, ...]:
+    """RMSNorm of neighbouring stretches of x's last axis, each with its own weight."""
+    parts = x.split([weight.shape[0] for weight in weights], dim=-1)
+    return tuple(rms_norm(part, weight.shape, weight, eps) for part, weight in zip(parts, weights, strict=True))
+
+
+def experts_step(mlp: MoEMLP, x: Tensor, eps: float) -> Tensor:
+    """x + the mixture of experts of norm(x)."""
+    normed = rms_norm(x, mlp.norm.shape, mlp.norm, eps)
+    if x.shape[0] == 1 and x.device.type == "cpu":
+        return x + one_token(mlp, normed)
+    return x + moe_mlp(normed, moe_route(linear(normed, mlp.router), mlp.top_k), mlp.w_in, mlp.w_out)
+
+
+def step(program: Program, x: Tensor, state: RolloutState, tables: dict, ops: StepOps) -> Tensor:
     """One frame: x (batch, d) -> hidden (batch, d). Changes the state in place."""
     x = x + state.feedback
     for layer, mixer_state in zip(program.layers, state.mixers, strict=True):
         mixer, mlp = layer.mixer, layer.mlp
-        normed = rms_norm(x, mixer.norm.shape, mixer.norm, program.eps)
         if isinstance(mixer, MambaMixer):
-            x = x + mamba_step(mixer, normed, mixer_state, program.eps)
+            x = mamba_step(mixer, x, mixer_state, program.eps, ops)
         else:
-            x = x + attention_step(mixer, normed, mixer_state, *tables[mixer.head_dim, mixer.rope_base])
-        x = x + mlp_step(mlp, rms_norm(x, mlp.norm.shape, mlp.norm, program.eps))
-    hidden = rms_norm(x, program.final_norm.shape, program.final_norm, program.eps)
+            table = tables[mixer.head_dim, mixer.rope_base]
+            x = attention_step(mixer, x, mixer_state, *table, program.eps, ops)
+        if isinstance(mlp, MoEMLP):
+            x = ops.experts(mlp, x, program.eps)
+        else:
+            both = ops.linear(x, mlp.w_in, norm=mlp.norm, eps=program.eps)
+            x = ops.linear(both, mlp.w_out, gated=True, residual=x)
+    (hidden,) = ops.norms(x, (program.final_norm,), program.eps)
     if program.feedback is not None:
-        state.feedback.copy_(linear(hidden, program.feedback, program.feedback_bias))
+        state.feedback.copy_(ops.linear(hidden, program.feedback, program.feedback_bias))
     state.position += 1
     return hidden
 
 
-def mamba_step(mixer: MambaMixer, x: Tensor, state: MambaState, eps: float) -> Tensor:
-    u, z = linear(x, mixer.in_proj).chunk(2, dim=-1)
-    u = causal_conv1d_step(state.conv, u, mixer.conv_weight, mixer.conv_bias, activation="silu")
-    rank, states = mixer.dt_norm.shape, mixer.b_norm.shape
-    dt, B, C = linear(u, mixer.x_proj).split([rank[0], states[0], states[0]], dim=-1)
-    delta = linear(rms_norm(dt, rank, mixer.dt_norm, eps), mixer.dt_proj)
-    B, C = rms_norm(B, states, mixer.b_norm, eps), rms_norm(C, states, mixer.c_norm, eps)
-    y = selective_scan_step(
-        state.scan, u, delta, mixer.A, B, C, mixer.D, z, delta_bias=mixer.dt_bias, delta_softplus=True
+def mamba_step(mixer: MambaMixer, x: Tensor, state: MambaState, eps: float, ops: StepOps) -> Tensor:
+    u, z = ops.linear(x, mixer.in_proj, norm=mixer.norm, eps=eps).chunk(2, dim=-1)
+    u = ops.conv(state.conv, u, mixer.conv_weight, mixer.conv_bias, activation="silu")
+    dt, B, C = ops.norms(ops.linear(u, mixer.x_proj), (mixer.dt_norm, mixer.b_norm, mixer.c_norm), eps)
+    delta = ops.linear(dt, mixer.dt_proj)
+    y = ops.scan(state.scan, u, delta, mixer.A, B, C, mixer.D, z, delta_bias=mixer.dt_bias, delta_softplus=True)
+    return ops.linear(y, mixer.out_proj, residual=x)
+
+
+def attention_step(
+    mixer: AttentionMixer, x: Tensor, cache: KVCache, cos: Tensor, sin: Tensor, eps: float, ops: StepOps
+) -> Tensor:
+    (normed,) = ops.norms(x, (mixer.norm,), eps)
+    q, k, v = (
+        ops.linear(normed, weight).unflatten(1, (-1, mixer.head_dim))
+        for weight in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
     )
-    return linear(y, mixer.out_proj)
-
-
-def attention_step(mixer: AttentionMixer, x: Tensor, cache: KVCache, cos: Tensor, sin: Tensor) -> Tensor:
-    batch = x.shape[0]
-    q = linear(x, mixer.q_proj).view(batch, mixer.heads, mixer.head_dim)
-    k = linear(x, mixer.k_proj).view(batch, mixer.kv_heads, mixer.head_dim)
-    v = linear(x, mixer.v_proj).view(batch, mixer.kv_heads, mixer.head_dim)
-    y = rope_attention_step(q, k, v, cos, sin, cache, mixer.window, mixer.head_dim**-0.5, False)
-    return linear(y.flatten(1), mixer.o_proj)
-
-
-def mlp_step(mlp: DenseMLP | MoEMLP, x: Tensor) -> Tensor:
-    if isinstance(mlp, MoEMLP):
-        if x.shape[0] == 1 and x.device.type == "cpu":
-            return one_token(mlp, x)
-        return moe_mlp(x, moe_route(linear(x, mlp.router), mlp.top_k), mlp.w_in, mlp.w_out)
-    gate, up = linear(x, mlp.w_in).chunk(2, dim=-1)
-    return linear(silu(gate) * up, mlp.w_out)
+    y = ops.attention(q, k, v, cos, sin, cache, window=mixer.window, scale=mixer.head_dim**-0.5)
+    return ops.linear(y.flatten(1), mixer.o_proj, residual=x)
 
 
 def one_token(mlp: MoEMLP, x: Tensor) -> Tensor:
@@ -162,3 +206,9 @@ def one_token(mlp: MoEMLP, x: Tensor) -> Tensor:
         out = linear(activate(linear(x, mlp.w_in[expert]), "swiglu"), mlp.w_out[expert])
         total = out * probabilities[expert] if total is None else total.add_(out, alpha=probabilities[expert])
     return total
+
+
+REFERENCE = StepOps(
+    linear_step, norms_step, causal_conv1d_step, selective_scan_step, partial(rope_attention_step, interleaved=False),
+    experts_step,
+)  # fmt: skip

@@ -52,7 +52,8 @@ def test_what_gpu_tensors_run_on(monkeypatch):
         monkeypatch.setattr(doctor, "_triton_version", lambda version=version: version)
         facts = doctor.examine()
         assert facts["ops"]["causal_conv1d"]["gpu_tensors"] == expected
-        assert facts["ops"]["rollout"]["gpu_tensors"] == "reference"
+        assert facts["ops"]["rollout"]["gpu_tensors"] == expected
+        assert facts["ops"]["load_balancing_loss"]["gpu_tensors"] == "reference"
         assert facts["backends"]["triton"] == ("3.9.0, no GPU here" if version else "not installed")
 
 

@@ -12,12 +12,14 @@ pytestmark = pytest.mark.skipif(gpu_code.missing_tools() is not None, reason=str
 
 SCAN, CONV = "jambatalk_kernels.selective_scan.triton", "jambatalk_kernels.causal_conv1d.triton"
 ROUTE, EXPERTS = "jambatalk_kernels.moe.triton_route", "jambatalk_kernels.moe.triton_mlp"
+LOOP = "jambatalk_kernels.rollout.triton"
 CAPABILITIES = (80, 89, 90, 100, 120)
 # Registers per thread that a kernel may use, by the first row whose pattern matches its name. 128 let 16 warps live on
 # a multiprocessor, which hides the latency of a kernel that walks along time; 168 let 12; 255 are all that there are.
 REGISTERS = {
     SCAN: {r"forward_(saving|many_states)": 168, r"forward": 128, r"backward": 255, r"": 96},
     CONV: {r"forward.*packed": 255, r"forward": 160, r"backward": 255, r"": 64},
+    LOOP: {r"": 128},
     ROUTE: {r"choose_kernel.* 256 experts": 168, r"": 96},
     EXPERTS: {r"sum": 64, r"\w+_vector": 96, r".*float32": 168, r"": 255},
 }
@@ -62,13 +64,19 @@ def test_budgets_on_one_architecture(module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("module", [SCAN, CONV, ROUTE, EXPERTS], ids=["scan", "conv", "route", "experts"])
+@pytest.mark.parametrize("module", [SCAN, CONV, ROUTE, EXPERTS, LOOP], ids=["scan", "conv", "route", "experts", "loop"])
 def test_budgets_of_everything(module, capability):
     codes = gpu_code.compile_triton(module, capability, SLOW.get((module, capability), ()))
     if module == EXPERTS:
         assert {name.split()[0] for name in codes} == PRODUCTS
     elif module == ROUTE:
         assert len(codes) == 11
+    elif module == LOOP:
+        assert {name.split()[0] for name in codes} == {"linear_kernel", "norms_kernel", "keep_kernel"}
+        products = [
+            code for name, code in codes.items() if name.startswith("linear_kernel x float32, weights bfloat16")
+        ]
+        assert all(code.count(r"LDG\.E\.128") for code in products), "weights come 16 bytes at a time"
     else:
         assert {re.split("[,_]", name)[0] for name in codes} >= {"forward", "backward", "step"}
     check(module, capability, codes)
