@@ -19,7 +19,7 @@
 
 // Raised with every change of a schema or of what an op means, here and in jambatalk_kernels/backends.py: a library
 // that was built from another version of the sources is then refused, not called.
-#define JAMBATALK_NATIVE_VERSION 3
+#define JAMBATALK_NATIVE_VERSION 4
 
 namespace jambatalk {
 void empty_op(const Tensor&) {}

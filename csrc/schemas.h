@@ -29,10 +29,11 @@ void define_ops(Library& m) {
   m.def("causal_conv1d_step(Tensor(a!) state, Tensor x, Tensor weight, Tensor? bias, bool silu) -> Tensor");
   m.def(
       "moe_route(Tensor logits, int top_k, bool renormalize) "
-      "-> (Tensor weights, Tensor experts, Tensor probabilities, Tensor order, Tensor offsets)");
+      "-> (Tensor weights, Tensor experts, Tensor probabilities, Tensor order, Tensor offsets, "
+      "Tensor probability_sums)");
   m.def(
-      "moe_route_backward(Tensor? grad_weights, Tensor? grad_probabilities, Tensor logits, Tensor weights, "
-      "Tensor experts, Tensor probabilities, bool renormalize) -> Tensor");
+      "moe_route_backward(Tensor? grad_weights, Tensor? grad_probabilities, Tensor? grad_probability_sums, "
+      "Tensor logits, Tensor weights, Tensor experts, Tensor probabilities, bool renormalize) -> Tensor");
   m.def(
       "moe_mlp(Tensor x, Tensor weights, Tensor experts, Tensor order, Tensor offsets, Tensor w_in, Tensor w_out, "
       "str activation, bool save) -> (Tensor y, Tensor preactivation)");

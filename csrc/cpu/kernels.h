@@ -121,6 +121,7 @@ struct RouteCall {
   // backward; absent gradients are zero
   Array grad_weights;        // (tokens, top_k) of the compute type
   Array grad_probabilities;  // (tokens, experts)
+  Array grad_probability_sums;  // (experts,)
   Array grad_logits;         // (tokens, experts)
 };
 

@@ -128,6 +128,26 @@ Tensor combined(const Tensor& rows, const Plan& plan, const void* weights) {
   return y;
 }
 
+// (rows, columns) -> (columns,), one row after the other in float64: the same for any number of threads.
+Tensor sums_of_columns(const Tensor& matrix) {
+  const int64_t columns = matrix.size(1);
+  std::vector<double> sums(size_t(columns), 0.0);
+  Tensor result = new_tensor(matrix.scalar_type(), {columns});
+  const auto add_up = [&]<class T>(const T* from, T* to) {
+    for (int64_t r = 0; r < matrix.size(0); ++r) {
+      for (int64_t c = 0; c < columns; ++c) sums[size_t(c)] += double(from[r * columns + c]);
+    }
+    for (int64_t c = 0; c < columns; ++c) to[c] = T(sums[size_t(c)]);
+  };
+  const void* from = matrix.const_data_ptr();
+  void* to = result.mutable_data_ptr();
+  if (matrix.scalar_type() == ScalarType::Double)
+    add_up(static_cast<const double*>(from), static_cast<double*>(to));
+  else
+    add_up(static_cast<const float*>(from), static_cast<float*>(to));
+  return result;
+}
+
 void check_experts(const Tensor& x, const Plan& plan, const Tensor& w_in, const Tensor& w_out, Activation activation) {
   const int64_t parts = activation == Activation::kSwiglu ? 2 : 1;
   STD_TORCH_CHECK(x.dim() == 2 && w_in.dim() == 3 && w_out.dim() == 3 && x.size(0) == plan.tokens &&
@@ -167,7 +187,8 @@ Tensor few_rows(const Tensor& x, const Plan& plan, const Tensor& weights, const 
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> moe_route(const Tensor& logits, int64_t top_k, bool renormalize) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_route(const Tensor& logits, int64_t top_k,
+                                                                     bool renormalize) {
   STD_TORCH_CHECK(logits.dim() == 2 && top_k >= 1 && top_k <= logits.size(1) && logits.is_cpu(),
                   "moe_route: expected logits (tokens, experts) on the CPU and top_k of 1 .. experts");
   const int64_t tokens = logits.size(0), experts = logits.size(1), assignments = tokens * top_k;
@@ -189,12 +210,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> moe_route(const Tensor& logit
   for (int64_t e = 0; e < experts; ++e) bounds[e + 1] += bounds[e];
   std::vector<int32_t> next(bounds, bounds + experts);
   for (int64_t a = 0; a < assignments; ++a) sorted[next[size_t(call.chosen[a])]++] = int32_t(a);
-  return {weights, chosen, probabilities, order, offsets};
+  return {weights, chosen, probabilities, order, offsets, sums_of_columns(probabilities)};
 }
 
 Tensor moe_route_backward(const OptionalTensor& grad_weights, const OptionalTensor& grad_probabilities,
-                          const Tensor& logits, const Tensor& weights, const Tensor& experts,
-                          const Tensor& probabilities, bool renormalize) {
+                          const OptionalTensor& grad_probability_sums, const Tensor& logits, const Tensor& weights,
+                          const Tensor& experts, const Tensor& probabilities, bool renormalize) {
   STD_TORCH_CHECK(logits.dim() == 2 && weights.dim() == 2, "moe_route_backward: expected what forward took and gave");
   const int64_t tokens = logits.size(0), count = logits.size(1), top_k = weights.size(1);
   const ScalarType compute = compute_type(logits);
@@ -211,6 +232,7 @@ Tensor moe_route_backward(const OptionalTensor& grad_weights, const OptionalTens
   call.weights = const_cast<void*>(weights.const_data_ptr()), call.chosen = indices(experts);
   call.grad_weights = as_array("grad_weights", grad_weights, {tokens, top_k});
   call.grad_probabilities = as_array("grad_probabilities", grad_probabilities, {tokens, count});
+  call.grad_probability_sums = as_array("grad_probability_sums", grad_probability_sums, {count});
   call.grad_logits = as_array("grad_logits", grad, {tokens, count});
   run_tasks(kernels_for(compute).route_backward, call, 2 * count);
   return grad;

@@ -59,7 +59,8 @@ void route_forward(const RouteCall& call, int64_t begin, int64_t end) {
   }
 }
 
-// dlogits_e = p_e (g_e - sum_i g_i p_i), where g is the gradient of p, that of the weights included.
+// dlogits_e = p_e (g_e - sum_i g_i p_i), where g is the gradient of p, those of the weights and of the
+// sums over tokens included.
 template <class L>
 void route_backward(const RouteCall& call, int64_t begin, int64_t end) {
   using T = typename L::T;
@@ -71,6 +72,7 @@ void route_backward(const RouteCall& call, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t) {
     for (int64_t v = 0; v < vectors; ++v) {
       load_rows<L>(row + v, 1, call.grad_probabilities, 0, t, 1, v * L::W, E - v * L::W);
+      row[v] += load_channels<L>(call.grad_probability_sums, v * L::W, E - v * L::W);
     }
     const T *p = (const T*)call.probabilities + t * E, *weights = (const T*)call.weights + t * call.top_k;
     const int32_t* chosen = call.chosen + t * call.top_k;

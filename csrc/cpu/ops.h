@@ -41,11 +41,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(
 Tensor causal_conv1d_step(const Tensor& state, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                           bool silu);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> moe_route(const Tensor& logits, int64_t top_k, bool renormalize);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_route(const Tensor& logits, int64_t top_k,
+                                                                     bool renormalize);
 
 Tensor moe_route_backward(const OptionalTensor& grad_weights, const OptionalTensor& grad_probabilities,
-                          const Tensor& logits, const Tensor& weights, const Tensor& experts,
-                          const Tensor& probabilities, bool renormalize);
+                          const OptionalTensor& grad_probability_sums, const Tensor& logits, const Tensor& weights,
+                          const Tensor& experts, const Tensor& probabilities, bool renormalize);
 
 std::tuple<Tensor, Tensor> moe_mlp(const Tensor& x, const Tensor& weights, const Tensor& experts, const Tensor& order,
                                    const Tensor& offsets, const Tensor& w_in, const Tensor& w_out,

@@ -27,8 +27,8 @@ def moe_route(logits: Tensor, top_k: int, *, renormalize: bool = False, backend:
     probabilities NaN: nothing raises, no index is out of range, and the NaN is seen where it ends up.
 
     Args:
-        logits: (tokens, experts), any float dtype. Gradients flow from `weights` and `probabilities`; a second
-            derivative works on `reference` and raises on the others.
+        logits: (tokens, experts), any float dtype. Gradients flow from `weights`, `probabilities` and
+            `probability_sums`; a second derivative works on `reference` and raises on the others.
         top_k: 1 .. experts.
 
     Returns:
@@ -59,22 +59,18 @@ def load_balancing_loss(routing: Routing | Sequence[Routing]) -> Tensor:
     f_e is the number of picks of expert e per token (all `top_k` counted), P_e its mean probability. It is `top_k` when
     the load is even and grows towards experts * top_k. A sequence of routings (one per layer) is pooled as Jamba does:
     as though all their tokens had met one router. Differentiable through the probabilities; 0 when there are no tokens.
+
+    f_e and P_e were counted and summed while routing (`offsets`, `probability_sums`): no pass over the tokens is made.
     """
-    if isinstance(routing, Routing):
-        return reference.load_balancing_loss(routing)
-    routings = list(routing)
+    routings = [routing] if isinstance(routing, Routing) else list(routing)
     if not routings:
         raise ValueError("routing must be a Routing or a non-empty sequence of them, got an empty sequence")
-    if len({(r.weights.shape[1], r.probabilities.shape[1]) for r in routings}) > 1:
+    for one in routings:
+        if not isinstance(one, Routing):
+            raise TypeError(f"routing: expected a Routing or a sequence of them, got {type(one).__name__}")
+    if len({(r.weights.shape[1], r.probability_sums.shape[0]) for r in routings}) > 1:
         raise ValueError("routing: layers to be pooled must agree in top_k and in the number of experts")
-    pooled = Routing(
-        weights=torch.cat([r.weights for r in routings]),
-        experts=torch.cat([r.experts for r in routings]),
-        probabilities=torch.cat([r.probabilities for r in routings]),
-        order=routings[0].order,  # not read by the loss
-        offsets=torch.stack([r.offsets for r in routings]).sum(0),
-    )
-    return reference.load_balancing_loss(pooled)
+    return reference.load_balancing_loss(routings)
 
 
 def moe_mlp(
@@ -164,18 +160,18 @@ def _check_mlp(x, routing, w_in, w_out, activation) -> None:
 class _MoERoute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, top_k, renormalize, backend):
-        weights, experts, probabilities, order, offsets = _ROUTE[backend](logits, top_k, renormalize)
+        weights, experts, probabilities, order, offsets, sums = _ROUTE[backend](logits, top_k, renormalize)
         ctx.save_for_backward(logits, weights, experts, probabilities)
         ctx.renormalize, ctx.backend = renormalize, backend
         ctx.mark_non_differentiable(experts, order, offsets)
         ctx.set_materialize_grads(False)
-        return weights, experts, probabilities, order, offsets
+        return weights, experts, probabilities, order, offsets, sums
 
     @staticmethod
-    def backward(ctx, grad_weights, _experts, grad_probabilities, _order, _offsets):
+    def backward(ctx, grad_weights, _experts, grad_probabilities, _order, _offsets, grad_sums):
         gradient = first_derivative(
-            "moe_route", _ROUTE_BACKWARD[ctx.backend], grad_weights, grad_probabilities, *ctx.saved_tensors,
-            ctx.renormalize,
+            "moe_route", _ROUTE_BACKWARD[ctx.backend], grad_weights, grad_probabilities, grad_sums,
+            *ctx.saved_tensors, ctx.renormalize,
         )  # fmt: skip
         return gradient, None, None, None
 
@@ -211,10 +207,13 @@ def _fake_route(logits, top_k, renormalize):
         logits.new_empty((tokens, experts), dtype=dtype),
         indices(tokens * top_k),
         indices(experts + 1),
+        logits.new_empty((experts,), dtype=dtype),
     )
 
 
-def _fake_route_backward(grad_weights, grad_probabilities, logits, weights, experts, probabilities, renormalize):
+def _fake_route_backward(
+    grad_weights, grad_probabilities, grad_probability_sums, logits, weights, experts, probabilities, renormalize
+):
     return logits.new_empty(logits.shape)
 
 
@@ -230,9 +229,9 @@ def _fake_mlp_backward(grad_y, x, weights, experts, order, offsets, w_in, w_out,
 # The schemas of csrc/schemas.h, for the ops that Triton's launchers become; a test compares the two.
 SCHEMAS = (
     "moe_route(Tensor logits, int top_k, bool renormalize) "
-    "-> (Tensor weights, Tensor experts, Tensor probabilities, Tensor order, Tensor offsets)",
-    "moe_route_backward(Tensor? grad_weights, Tensor? grad_probabilities, Tensor logits, Tensor weights, "
-    "Tensor experts, Tensor probabilities, bool renormalize) -> Tensor",
+    "-> (Tensor weights, Tensor experts, Tensor probabilities, Tensor order, Tensor offsets, Tensor probability_sums)",
+    "moe_route_backward(Tensor? grad_weights, Tensor? grad_probabilities, Tensor? grad_probability_sums, "
+    "Tensor logits, Tensor weights, Tensor experts, Tensor probabilities, bool renormalize) -> Tensor",
     "moe_mlp(Tensor x, Tensor weights, Tensor experts, Tensor order, Tensor offsets, Tensor w_in, Tensor w_out, "
     "str activation, bool save) -> (Tensor y, Tensor preactivation)",
     "moe_mlp_backward(Tensor grad_y, Tensor x, Tensor weights, Tensor experts, Tensor order, Tensor offsets, "

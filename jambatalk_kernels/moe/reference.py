@@ -9,6 +9,7 @@ as Eq. 4-5 of JambaTalk and as Jamba does: the chosen probabilities are not reno
 capacity, no token is dropped, nothing is random.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ class Routing(NamedTuple):
     probabilities: Tensor  # (tokens, experts), dtype of weights: the softmax over all experts
     order: Tensor  # (tokens * top_k,) int32: assignments sorted by expert, stable
     offsets: Tensor  # (experts + 1,) int32: the assignments of expert e are order[offsets[e]:offsets[e + 1]]
+    probability_sums: Tensor  # (experts,), dtype of weights: probabilities summed over the tokens, differentiable
 
 
 def moe_route(logits: Tensor, top_k: int, renormalize: bool = False) -> Routing:
@@ -41,16 +43,17 @@ def moe_route(logits: Tensor, top_k: int, renormalize: bool = False) -> Routing:
     order = flat.argsort(stable=True)
     per_expert = (flat[:, None] == torch.arange(experts, device=flat.device)).sum(0)
     offsets = torch.cat([per_expert.new_zeros(1), per_expert.cumsum(0)])
-    return Routing(weights, chosen.int(), probabilities, order.int(), offsets.int())
+    return Routing(weights, chosen.int(), probabilities, order.int(), offsets.int(), probabilities.sum(0))
 
 
-def load_balancing_loss(routing: Routing) -> Tensor:
-    experts = routing.probabilities.shape[-1]
-    tokens = max(routing.weights.shape[0], 1)  # no tokens: the loss is zero, not NaN
+def load_balancing_loss(routings: Sequence[Routing]) -> Tensor:
+    """Over the tokens of all routings. What it reads is (experts,) each: routing has counted and summed already."""
+    tokens = max(sum(routing.weights.shape[0] for routing in routings), 1)  # no tokens: the loss is zero, not NaN
+    probability_sums = torch.stack([routing.probability_sums for routing in routings]).sum(0)
+    picks = torch.stack([routing.offsets for routing in routings]).sum(0).diff()
     # f_e: how many picks per token fall on expert e, all top_k of them counted (so the f_e sum to top_k).
-    share = (routing.offsets[1:] - routing.offsets[:-1]).to(routing.probabilities.dtype) / tokens
-    mean_probability = routing.probabilities.sum(0) / tokens
-    return experts * (share * mean_probability).sum()
+    share = picks.to(probability_sums.dtype) / tokens
+    return probability_sums.shape[0] * (share * probability_sums / tokens).sum()
 
 
 def activate(hidden: Tensor, activation: str) -> Tensor:

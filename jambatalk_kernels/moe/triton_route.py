@@ -3,9 +3,11 @@
     p = softmax(l)   (float32; float64 for float64 logits)
     experts = the top_k largest of p, ties to the lowest index;   weights = p[experts], over their sum if renormalised
     order, offsets = the stable sort of the assignments (token * top_k + slot) by expert
+    probability_sums = the sum of p over the tokens
 
 The first kernel has one row of logits per token in registers: softmax, then top_k times the arg-max; it also counts the
-picks of its tokens per expert. The second sums those counts (an exclusive prefix sum over programs and experts: where
+picks of its tokens per expert and sums their probabilities (what the load-balancing loss wants). The second sums those
+counts (an exclusive prefix sum over programs and experts: where
 the picks of this program belong) and writes each assignment to its place. Within an expert the assignments of a stable
 sort are in the order of their tokens, since no token picks an expert twice; so an assignment's rank in its program is
 the number of earlier tokens that picked the same expert. When one block holds all tokens, the first kernel does it all.
@@ -54,7 +56,7 @@ def _store_offsets(offsets, ends, e, experts):
 
 @triton.jit
 def _choose_kernel(
-    logits, weights, chosen, probabilities, counts, order, offsets,
+    logits, weights, chosen, probabilities, counts, sums, order, offsets,
     tokens, experts, stride_t, stride_e, blocks_per_program,
     TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr, ONE_BLOCK: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -64,6 +66,7 @@ def _choose_kernel(
     e = tl.arange(0, BLOCK_E)
     k = tl.arange(0, BLOCK_K)
     picks = tl.zeros((BLOCK_E,), tl.int32)
+    summed = tl.zeros((BLOCK_E,), real)
     first = program * blocks_per_program
     for block in range(first, min(first + blocks_per_program, tl.cdiv(tokens, BLOCK_T))):
         t = block * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -76,6 +79,7 @@ def _choose_kernel(
         grown = tl.exp(x - tl.max(x, 1)[:, None])
         p = grown / tl.sum(grown, 1)[:, None]
         tl.store(probabilities + row * experts + column, p, mask=held)
+        summed += tl.sum(tl.where(held, p, 0.0), 0)
 
         # What is left to pick: probabilities, 0 in a row of NaN; below 0 where there is nothing or it has been picked.
         broken = (p != p) & real_expert
@@ -104,13 +108,15 @@ def _choose_kernel(
             ends = tl.cumsum(picks, 0)
             _store_offsets(offsets, ends, e, experts)
             _scatter(slot, ends - picks, order, t, TOP_K)
+    # Of one block these are the sums, of many this program's part of them.
+    tl.store(sums + program * experts + e, summed, mask=e < experts)
     if not ONE_BLOCK:
         tl.store(counts + program * experts + e, picks, mask=e < experts)
 
 
 @triton.jit
 def _sort_kernel(
-    chosen, counts, order, offsets, tokens, experts, blocks_per_program, programs,
+    chosen, counts, parts, order, offsets, sums, tokens, experts, blocks_per_program, programs,
     TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -125,6 +131,12 @@ def _sort_kernel(
     ends = tl.cumsum(total, 0)
     if program == 0:
         _store_offsets(offsets, ends, e, experts)
+        summed = tl.zeros((BLOCK_E,), sums.dtype.element_ty)
+        for start in range(0, programs, BLOCK_P):
+            p = (start + tl.arange(0, BLOCK_P))[:, None]
+            held = (p < programs) & (e < experts)[None, :]
+            summed += tl.sum(tl.load(parts + p * experts + e[None, :], mask=held, other=0.0), 0)
+        tl.store(sums + e, summed, mask=e < experts)
     place = ends - total + earlier
     first = program * blocks_per_program
     for block in range(first, min(first + blocks_per_program, tl.cdiv(tokens, BLOCK_T))):
@@ -138,8 +150,8 @@ def _sort_kernel(
 
 @triton.jit
 def _choose_backward_kernel(
-    grad_weights, grad_probabilities, weights, chosen, probabilities, grad_logits, tokens, experts,
-    stride_wt, stride_wk, stride_pt, stride_pe,
+    grad_weights, grad_probabilities, grad_sums, weights, chosen, probabilities, grad_logits, tokens, experts,
+    stride_wt, stride_wk, stride_pt, stride_pe, stride_s,
     TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     real = weights.dtype.element_ty
@@ -154,6 +166,8 @@ def _choose_backward_kernel(
     if grad_probabilities is not None:
         pointers = grad_probabilities + t[:, None] * stride_pt + column * stride_pe
         grad += tl.load(pointers, mask=held, other=0.0).to(real)
+    if grad_sums is not None:
+        grad += tl.load(grad_sums + e.to(tl.int64) * stride_s, mask=e < experts, other=0.0).to(real)[None, :]
     if grad_weights is not None:
         # With renormalisation w = p / S over the picks, S their sum: dp = (dw - <dw, w>) / S.
         scale = tl.full((BLOCK_T,), 1.0, real)
@@ -186,11 +200,13 @@ def _check(tokens: int, experts: int, top_k: int) -> None:
         raise ValueError(f"moe_route: tokens * top_k must be less than 2**31, got {tokens} * {top_k}")
 
 
-def route_forward(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logits (tokens, experts), any strides -> weights, experts, probabilities, order, offsets as in `Routing`.
+def route_forward(
+    logits: Tensor, top_k: int, renormalize: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logits (tokens, experts), any strides -> the tensors of `Routing`, in its order.
 
-    weights and probabilities are float32 (float64 for float64 logits), the others int32. One launch for few tokens
-    (`route_plan`), else two.
+    weights, probabilities and their sums are float32 (float64 for float64 logits), the others int32. One launch for few
+    tokens (`route_plan`), else two.
     """
     tokens, experts = logits.shape
     _check(tokens, experts, top_k)
@@ -200,37 +216,41 @@ def route_forward(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor
     probabilities = logits.new_empty(tokens, experts, dtype=real)
     order = logits.new_empty(tokens * top_k, dtype=torch.int32)
     if tokens == 0:
-        return weights, chosen, probabilities, order, logits.new_zeros(experts + 1, dtype=torch.int32)
+        offsets, sums = logits.new_zeros(experts + 1, dtype=torch.int32), logits.new_zeros(experts, dtype=real)
+        return weights, chosen, probabilities, order, offsets, sums
+    sums = logits.new_empty(experts, dtype=real)
     offsets = logits.new_empty(experts + 1, dtype=torch.int32)
     plan = route_plan(tokens, experts)
     one_block = plan.programs == 1 and plan.blocks_per_program == 1
     counts = offsets if one_block else logits.new_empty(plan.programs, experts, dtype=torch.int32)
+    parts = sums if one_block else logits.new_empty(plan.programs, experts, dtype=real)
     block_e = next_power_of_2(experts)
     _choose_kernel[(plan.programs,)](
-        logits, weights, chosen, probabilities, counts, order, offsets,
+        logits, weights, chosen, probabilities, counts, parts, order, offsets,
         tokens, experts, logits.stride(0), logits.stride(1), plan.blocks_per_program,
         TOP_K=top_k, RENORMALIZE=renormalize, ONE_BLOCK=one_block,
         BLOCK_T=plan.block_tokens, BLOCK_E=block_e, BLOCK_K=next_power_of_2(top_k), num_warps=plan.num_warps,
     )  # fmt: skip
     if not one_block:
         _sort_kernel[(plan.programs,)](
-            chosen, counts, order, offsets, tokens, experts, plan.blocks_per_program, plan.programs,
+            chosen, counts, parts, order, offsets, sums, tokens, experts, plan.blocks_per_program, plan.programs,
             TOP_K=top_k, BLOCK_T=plan.block_tokens, BLOCK_E=block_e, BLOCK_P=plan.block_counts,
             num_warps=plan.num_warps,
         )  # fmt: skip
-    return weights, chosen, probabilities, order, offsets
+    return weights, chosen, probabilities, order, offsets, sums
 
 
 def route_backward(
     grad_weights: Tensor | None,
     grad_probabilities: Tensor | None,
+    grad_probability_sums: Tensor | None,
     logits: Tensor,
     weights: Tensor,
     experts: Tensor,
     probabilities: Tensor,
     renormalize: bool,
 ) -> Tensor:
-    """dl = p * (g - <g, p>), where g = grad_probabilities + the gradient of the picked weights at their experts.
+    """dl = p * (g - <g, p>), g = grad_probabilities + grad_probability_sums + grad_weights at the picked experts.
 
     Of logits only dtype and shape are used. One launch; a row of NaN probabilities has NaN gradients.
     """
@@ -241,9 +261,11 @@ def route_backward(
     plan = route_plan(tokens, num_experts)
     block = min(plan.block_tokens, 64)
     _choose_backward_kernel[(triton.cdiv(tokens, block),)](
-        grad_weights, grad_probabilities, weights, experts, probabilities, grad_logits, tokens, num_experts,
+        grad_weights, grad_probabilities, grad_probability_sums, weights, experts, probabilities, grad_logits,
+        tokens, num_experts,
         *(grad_weights.stride() if grad_weights is not None else (0, 0)),
         *(grad_probabilities.stride() if grad_probabilities is not None else (0, 0)),
+        grad_probability_sums.stride(0) if grad_probability_sums is not None else 0,
         TOP_K=weights.shape[1], RENORMALIZE=renormalize, BLOCK_T=block, BLOCK_E=next_power_of_2(num_experts),
         num_warps=plan.num_warps,
     )  # fmt: skip
@@ -260,7 +282,7 @@ def ahead_of_time_cases() -> list[dict]:
         def run(tokens=tokens, experts=experts, top_k=top_k):
             logits = torch.empty(tokens, experts)
             weights, chosen, probabilities, *_ = route_forward(logits, top_k, False)
-            route_backward(weights, probabilities, logits, weights, chosen, probabilities, False)
+            route_backward(weights, None, logits[0], logits, weights, chosen, probabilities, False)
 
         label = f"{tokens} tokens, {experts} experts, top {top_k}"
         cases += recorded_launches(sys.modules[__name__], label, run)

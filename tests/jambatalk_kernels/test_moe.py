@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import linear, silu
 
-from jambatalk_kernels.backends import BackendUnavailable
+from jambatalk_kernels.backends import BackendUnavailable, native_library
 from jambatalk_kernels.moe import reference
 from jambatalk_kernels.moe.op import load_balancing_loss, moe_mlp, moe_route
 
@@ -105,6 +105,21 @@ def test_load_balancing_loss_is_least_when_even_and_pools_layers():
     torch.testing.assert_close(load_balancing_loss([even, skewed]), load_balancing_loss(both))
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_load_balancing_loss_is_its_definition_and_reads_no_tokens(backend):
+    if backend == "cpu" and not native_library()[0]:
+        pytest.skip("the native library is not installed")
+    logits = 2 * torch.randn(37, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    logits.requires_grad_()
+    routing = moe_route(logits, 3, backend=backend)
+    one_hot = torch.nn.functional.one_hot(routing.experts.long(), 5).double()
+    want = 5 * (one_hot.mean(0).sum(0) * logits.softmax(-1).mean(0)).sum()  # Switch Transformer, Eq. 4; all picks
+    unread = {name: torch.full_like(getattr(routing, name), 99) for name in ("experts", "probabilities", "order")}
+    got = load_balancing_loss(routing._replace(**unread))
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (got, want)))
+
+
 def test_bfloat16_is_close_to_float64():
     w_in, w_out = weights(d=32, hidden=16)
     x, logits = torch.randn(64, 32, dtype=torch.float64), torch.randn(64, 4, dtype=torch.float64)
@@ -123,6 +138,7 @@ def test_bfloat16_is_close_to_float64():
         (lambda: moe_route(torch.zeros(3, 4), 0), ValueError, "top_k"),
         (lambda: moe_route(torch.zeros(3, 4), 1.0), TypeError, "top_k"),
         (lambda: load_balancing_loss([]), ValueError, "routing"),
+        (lambda: load_balancing_loss([torch.zeros(3)]), TypeError, "routing: expected a Routing"),
     ],
 )
 def test_route_errors_name_the_argument(call, error, text):

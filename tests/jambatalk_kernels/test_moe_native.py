@@ -35,8 +35,10 @@ def everything(logits, x, w_in, w_out, top_k, activation="swiglu", renormalize=F
     routing = moe_route(leaves[0], top_k, renormalize=renormalize, backend=backend)
     y = moe_mlp(*leaves[1:2], routing, *leaves[2:], activation=activation, backend=backend)
     generator = torch.Generator().manual_seed(1)
-    grads = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in (y, routing[2])]
-    gradients = torch.autograd.grad([y, routing.probabilities], leaves, grads)
+    grads = [
+        torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in (y, routing[2], routing[5])
+    ]
+    gradients = torch.autograd.grad([y, routing.probabilities, routing.probability_sums], leaves, grads)
     return {"y": y, **routing._asdict(), **dict(zip(("dlogits", "dx", "dw_in", "dw_out"), gradients, strict=True))}
 
 
@@ -175,7 +177,8 @@ def test_opcheck():
     indices = (routing.experts, routing.order, routing.offsets)
     utils = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.jambatalk.moe_route.default, (logits, 2, True), test_utils=utils)
-    arguments = (routing.weights, None, logits, routing.weights, routing.experts, routing.probabilities, False)
+    grads = (routing.weights, None, routing.probability_sums)
+    arguments = (*grads, logits, *routing[:3], False)
     torch.library.opcheck(torch.ops.jambatalk.moe_route_backward.default, arguments, test_utils=utils)
     arguments = (x, routing.weights, *indices, w_in, w_out, "swiglu", True)
     torch.library.opcheck(torch.ops.jambatalk.moe_mlp.default, arguments, test_utils=utils)

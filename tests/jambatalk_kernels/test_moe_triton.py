@@ -80,10 +80,11 @@ def test_route_takes_any_strides_and_no_tokens():
     assert_routes_equal(triton_route.route_forward(wide.t(), 2, False), reference.moe_route(wide.t(), 2))
     sliced = wide[:, ::3]
     assert_routes_equal(triton_route.route_forward(sliced, 2, False), reference.moe_route(sliced, 2))
-    weights, experts, probabilities, order, offsets = triton_route.route_forward(wide[:0], 2, False)
+    weights, experts, probabilities, order, offsets, sums = triton_route.route_forward(wide[:0], 2, False)
     assert weights.shape == experts.shape == (0, 2) and probabilities.shape == (0, 40) and order.shape == (0,)
-    assert offsets.tolist() == [0] * 41
-    assert triton_route.route_backward(weights, None, wide[:0], weights, experts, probabilities, False).shape == (0, 40)
+    assert offsets.tolist() == [0] * 41 and sums.tolist() == [0] * 40
+    gradient = triton_route.route_backward(weights, None, sums, wide[:0], weights, experts, probabilities, False)
+    assert gradient.shape == (0, 40)
 
 
 def test_ties_go_to_the_lowest_index():
@@ -108,14 +109,15 @@ def test_nan_and_infinite_logits(tokens, renormalize):
     logits[4, :6] = -inf  # well-defined: two experts are left
     got = triton_route.route_forward(logits, 3, renormalize)
     assert_routes_equal(got, reference.moe_route(logits, 3, renormalize))
-    weights, experts, probabilities, order, offsets = got
+    weights, experts, probabilities, order, offsets, sums = got
+    assert sums.isnan().all()
     assert experts[:4].tolist() == [[0, 1, 2]] * 4 and weights[:4].isnan().all() and probabilities[:4].isnan().all()
     assert set(experts[4, :2].tolist()) == {6, 7} and experts[4, 2] == 0 and weights[4, 2] == 0
     for a, b in zip(got[:3], triton_route.route_forward(clean, 3, renormalize)[:3], strict=True):
         assert torch.equal(a[5:], b[5:])
     assert order.sort().values.tolist() == list(range(3 * tokens)) and offsets[-1] == 3 * tokens
     gradient = triton_route.route_backward(
-        torch.ones_like(weights), None, logits, weights, experts, probabilities, renormalize
+        torch.ones_like(weights), None, None, logits, weights, experts, probabilities, renormalize
     )
     assert gradient[:4].isnan().all() and gradient[4:].isfinite().all()
 
@@ -126,8 +128,9 @@ def test_order_does_not_depend_on_the_grid(monkeypatch):
     for block, programs, each, counts in ((16, 10, 1, 4), (16, 4, 3, 4), (8, 2, 10, 1), (256, 1, 1, 1)):
         plan = heuristics.RoutePlan(block, programs, each, counts, 4)
         monkeypatch.setattr(triton_route, "route_plan", lambda *_, plan=plan: plan)
-        for a, b in zip(triton_route.route_forward(logits, 2, False), want, strict=True):
-            assert torch.equal(a, b)
+        *got, sums = triton_route.route_forward(logits, 2, False)
+        assert all(torch.equal(a, b) for a, b in zip(got, want[:-1], strict=True))
+        assert rms_ratio(sums, want[-1]) < 1e-6
 
 
 def test_route_of_permuted_tokens_is_permuted():
@@ -152,14 +155,15 @@ def test_route_backward(shape, renormalize, dtype):
     weights, chosen, probabilities, *_ = triton_route.route_forward(logits, top_k, renormalize)
     assert torch.equal(chosen, want.experts)
     dw, dp = normal(tokens, top_k, seed=1), normal(experts, tokens, seed=2).t()
-    for grad_weights, grad_probabilities in ((dw, dp), (dw, None), (None, dp), (dw[:, :1].expand(-1, top_k), None)):
+    ds = normal(2, experts, seed=3).t()[:, 0]
+    for given in ((dw, dp, ds), (dw, None, ds), (None, dp, None), (dw[:, :1].expand(-1, top_k), None, None)):
         outputs, gradients = [], []
-        for output, gradient in ((want.weights, grad_weights), (want.probabilities, grad_probabilities)):
+        for output, gradient in zip((want.weights, want.probabilities, want.probability_sums), given, strict=True):
             if gradient is not None:
                 outputs.append(output)
                 gradients.append(gradient)
         (expected,) = torch.autograd.grad(outputs, exact, gradients, retain_graph=True)
-        low = [None if g is None else g.to(weights.dtype) for g in (grad_weights, grad_probabilities)]
+        low = [None if g is None else g.to(weights.dtype) for g in given]
         got = triton_route.route_backward(*low, logits, weights, chosen, probabilities, renormalize)
         assert got.dtype == dtype and got.shape == logits.shape
         bar = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2.0**-9}[dtype]
@@ -413,7 +417,7 @@ def test_sizes_of_zero():
 @pytest.mark.parametrize("tokens", [4, 20])
 def test_without_gradients_nothing_is_saved(tokens):
     x, routing, w_in, w_out = mlp_inputs(tokens, 3, 2, 20, 10, 12, "swiglu")
-    arguments = (x, *routing[:2], *routing[3:], w_in, w_out, "swiglu")
+    arguments = (x, *routing[:2], *routing[3:5], w_in, w_out, "swiglu")
     y, preactivation = triton_mlp.mlp_forward(*arguments, False)
     same, saved = triton_mlp.mlp_forward(*arguments, True)
     assert torch.equal(y, same) and preactivation.shape == (0,) and saved.shape == (2 * tokens, 20)
@@ -421,7 +425,7 @@ def test_without_gradients_nothing_is_saved(tokens):
 
 def test_mlp_refuses_what_it_has_no_kernel_for():
     x, routing, w_in, w_out = mlp_inputs(20, 3, 2, 20, 10, 12, "swiglu")
-    arguments = (*routing[:2], *routing[3:])
+    arguments = (*routing[:2], *routing[3:5])
     with pytest.raises(TypeError, match="float64"):
         triton_mlp.mlp_forward(x.double(), *arguments, w_in.double(), w_out.double(), "swiglu", False)
     with pytest.raises(ValueError, match="257 experts"):

@@ -52,7 +52,7 @@ def test_moe_ops():
     logits, x, w_in, w_out = torch.randn(20, 4), torch.randn(20, 8), torch.randn(4, 12, 8), torch.randn(4, 8, 6)
     routing = moe_route(logits, 2, backend="triton")
     check(OPS.moe_route.default, logits, 2, False)
-    check(OPS.moe_route_backward.default, routing.weights, None, logits, *routing[:3], False)
+    check(OPS.moe_route_backward.default, routing.weights, None, routing.probability_sums, logits, *routing[:3], False)
     arguments = (x, routing.weights, routing.experts, routing.order, routing.offsets, w_in, w_out)
     check(OPS.moe_mlp.default, *arguments, "swiglu", True)
     y, saved = OPS.moe_mlp(*arguments, "swiglu", True)
