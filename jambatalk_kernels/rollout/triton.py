@@ -168,7 +168,7 @@ def attention(
 
 def experts(mlp: MoEMLP, x: Tensor, eps: float) -> Tensor:
     (normed,) = norms(x, (mlp.norm,), eps)
-    weights, chosen, _, order, offsets = route_forward(linear(normed, mlp.router), mlp.top_k, False)
+    weights, chosen, _, order, offsets, _ = route_forward(linear(normed, mlp.router), mlp.top_k, False)
     return x + mlp_forward(normed, weights, chosen, order, offsets, mlp.w_in, mlp.w_out, "swiglu", False)[0]
 
 
