@@ -24,7 +24,10 @@ SIZES = (
     (torch.float16, 1, 40, 2, 2, 80, dict(causal=True, window=1)),  # one tile of queries; the head is padded
     (torch.bfloat16, 1, 1, 1, 1, 16, dict(causal=True)),  # sizes of 1 are constants to the compiler
     (torch.float32, 1, 600, 8, 1, 64, dict(causal=True)),
+    (torch.float32, 1, 600, 4, 4, 128, dict(causal=True)),
     (torch.float32, 1, 600, 4, 4, 256, dict(causal=True)),
+    (torch.bfloat16, 1, 512, 8, 1, 64, dict(causal=True, capacity=4096)),  # a chunk against a cache
+    (torch.bfloat16, 1, 512, 4, 4, 128, dict(causal=True, capacity=600, window=600)),
 )
 
 # dtype, batch, heads, kv_heads, head_dim, capacity, window
@@ -48,8 +51,13 @@ def _run(dtype, batch, length, heads, kv_heads, head_dim, options) -> None:
         options.get("interleaved", False),
         torch.empty(5, dtype=torch.int32) if options.get("packed") else None,
     )
-    y, logsumexp = kernels.attention_forward(q, k, v, cos, sin, *masks, True)
-    kernels.attention_backward(y, q, k, v, cos, sin, y, logsumexp, *masks)
+    cache = (None, None, None)
+    if "capacity" in options:
+        slots = (torch.empty(batch, options["capacity"], kv_heads, head_dim, dtype=dtype) for _ in range(2))
+        cache = (*slots, torch.empty(batch, dtype=torch.int64))
+        kernels.attention_append(k, v, cos, sin, *cache, masks[3])
+    y, logsumexp = kernels.attention_forward(q, k, v, cos, sin, *masks, *cache, True)
+    kernels.attention_backward(y, q, k, v, cos, sin, y, logsumexp, *masks, *cache)
 
 
 def _run_step(dtype, batch, heads, kv_heads, head_dim, capacity, window) -> None:

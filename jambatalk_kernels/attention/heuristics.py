@@ -62,8 +62,10 @@ def _least_rows(rows: int, groups: int, block_m: int, device: Device) -> int:
     return max(16, min(block_m, next_power_of_2(rows)))
 
 
-def forward_plan(length: int, group: int, groups: int, head_dim: int, itemsize: int, device: Device) -> ForwardPlan:
-    """`group` query heads share a key head; `groups` = batch * kv_heads."""
+def forward_plan(
+    length: int, capacity: int, group: int, groups: int, head_dim: int, itemsize: int, device: Device
+) -> ForwardPlan:
+    """`group` query heads share a key head; `groups` = batch * kv_heads. capacity: of the cache, 0 without one."""
     width = padded_head_dim(head_dim)
     large = device.capability in _LARGE_SHARED
     if itemsize == 4:  # no matrix instructions: registers bound the tile
@@ -77,11 +79,14 @@ def forward_plan(length: int, group: int, groups: int, head_dim: int, itemsize: 
     chosen = _least_rows(length * group, groups, block_m, device)
     if chosen < block_m:
         warps = max(4 if width <= 128 else warps, warps * chosen // block_m)
-    tile = Tile(chosen, min(block_n, max(16, next_power_of_2(length))), warps, stages)
-    return ForwardPlan(tile, _cdiv(length * group, chosen) <= ROTATE_ON_LOAD_TILES)
+    tile = Tile(chosen, min(block_n, max(16, next_power_of_2(capacity + length))), warps, stages)
+    return ForwardPlan(tile, capacity == 0 and _cdiv(length * group, chosen) <= ROTATE_ON_LOAD_TILES)
 
 
-def backward_plan(length: int, group: int, groups: int, head_dim: int, itemsize: int, device: Device) -> BackwardPlan:
+def backward_plan(
+    length: int, capacity: int, group: int, groups: int, head_dim: int, itemsize: int, device: Device
+) -> BackwardPlan:
+    """As `forward_plan`."""
     width = padded_head_dim(head_dim)
     warp_groups = device.capability in _WARP_GROUPS
     if itemsize == 4:
@@ -109,7 +114,7 @@ def backward_plan(length: int, group: int, groups: int, head_dim: int, itemsize:
     keys = keys._replace(block_n=held, block_m=max(16, min(keys.block_m, next_power_of_2(length * group // splits))))
     queries = queries._replace(
         block_m=_least_rows(length * group, groups, queries.block_m, device),
-        block_n=max(16, min(queries.block_n, next_power_of_2(length))),
+        block_n=max(16, min(queries.block_n, next_power_of_2(capacity + length))),
     )
     return BackwardPlan(queries, keys, splits)
 

@@ -43,7 +43,7 @@ def rope_attention(
         scale: of the scores, positive; head_dim ** -0.5 by default.
         interleaved: pairs are (2f, 2f + 1) instead of (f, f + head_dim / 2).
         cu_seqlens: int32 (sequences + 1,): batch is 1 and several sequences are packed along length; one row of cos and
-            sin per packed position. Not together with a cache.
+            sin per packed position. Positions outside of every sequence give zeros. Not together with a cache.
         cache: earlier positions to see as well (chunked prefill); these keys and values are appended, in place. Cached
             keys and values carry no gradient. Needs `causal`. cos and sin are those of the new positions.
 
@@ -51,9 +51,9 @@ def rope_attention(
         (batch, length, heads, head_dim), dtype of q. Time and memory O(length * window) with a window. Softmax in the
         dtype that torch's scaled_dot_product_attention uses (float32 or better for half precision). No double backward.
 
-    On a GPU Triton's kernels run up to head_dim 256 (not float64, and not yet with a cache), flash style: memory
-    O(length), the rotation applied on load, keys read once per group; saved for backward are the inputs, the result and
-    one number per query and head. Elsewhere torch's own attention runs behind the rotation.
+    On a GPU Triton's kernels run up to head_dim 256 (not float64), flash style: memory O(length), the rotation applied
+    on load, keys read once per group; saved for backward are the inputs, the result, one number per query and head, and
+    a copy of the cache where there is one. Elsewhere torch's own attention runs behind the rotation.
 
     Raises:
         TypeError, ValueError: a bad dtype, shape, device or range, naming the argument; a cache without room
@@ -88,13 +88,19 @@ def rope_attention(
             raise ValueError("cache needs causal=True")
         _check_cache(cache, q, kv_heads, length, window)
     scale = _scale(scale, head_dim)
-    chosen = choose("rope_attention", backend, _options("rope_attention", q, cached=cache is not None))
-    if chosen == "reference":
+    if choose("rope_attention", backend, _options("rope_attention", q)) == "reference":
         return reference.rope_attention(q, k, v, cos, sin, causal, window, scale, interleaved, cu_seqlens, cache)
-    tensors, how = (q, k, v, cos, sin), (causal, window, scale, interleaved, cu_seqlens)
+    tensors, how = (q, k, v, cos, sin), (causal, window, scale, interleaved)
+    earlier = (None, None, None) if cache is None else (cache.k, cache.v, cache.position)
     if torch.is_grad_enabled() and any_requires_grad(*tensors):
-        return _RopeAttention.apply(*tensors, *how)
-    return _FORWARD(*tensors, *how, False)[0]
+        y = _RopeAttention.apply(*tensors, *how, cu_seqlens, *earlier)
+    else:
+        y = _FORWARD(*tensors, *how, cu_seqlens, *earlier, False)[0]
+    if cache is not None:
+        with torch.no_grad():  # what is cached carries no gradient
+            _APPEND(k, v, cos, sin, *earlier, interleaved)
+            cache.position += length
+    return y
 
 
 def rope_attention_step(
@@ -141,14 +147,12 @@ def rope_attention_step(
     return y
 
 
-def _options(op: str, q: Tensor, cached: bool = False) -> Mapping[str, Reason]:
+def _options(op: str, q: Tensor) -> Mapping[str, Reason]:
     options = dict(candidates(op, q))
     options["cuda"] = "no CUDA C++ kernel is written for it; Triton's runs on GPUs"
     if options["triton"] is None or callable(options["triton"]):
         if q.dtype == torch.float64 or q.shape[-1] > MAX_TRITON_HEAD_DIM:
             options["triton"] = f"it takes no float64 and head_dim up to {MAX_TRITON_HEAD_DIM}"
-        elif cached:
-            options["triton"] = "it has no kernel for a cache of earlier positions yet"
     if q.device.type == "cpu":
         # Not a fallback: behind the rotation the reference is torch's own attention.
         return {"reference": None, **options, "cpu": "no C++ kernel is written for it; the reference runs torch's own"}
@@ -236,23 +240,25 @@ def _check_cache(cache: KVCache, q: Tensor, kv_heads: int, length: int, window: 
 
 
 class _RopeAttention(torch.autograd.Function):
-    """Saved: the inputs, the result and the logarithm of every softmax's sum."""
+    """Saved: the inputs, the result and the logarithm of every softmax's sum; of the cache a copy: it will change."""
 
     @staticmethod
-    def forward(ctx, q, k, v, cos, sin, causal, window, scale, interleaved, cu_seqlens):
-        y, logsumexp = _FORWARD(q, k, v, cos, sin, causal, window, scale, interleaved, cu_seqlens, True)
-        ctx.save_for_backward(q, k, v, cos, sin, y, logsumexp, cu_seqlens)
+    def forward(ctx, q, k, v, cos, sin, causal, window, scale, interleaved, cu_seqlens, *cache):
         ctx.how = (causal, window, scale, interleaved)
+        y, logsumexp = _FORWARD(q, k, v, cos, sin, *ctx.how, cu_seqlens, *cache, True)
+        cache = (None if tensor is None else tensor.clone() for tensor in cache)
+        ctx.save_for_backward(q, k, v, cos, sin, y, logsumexp, cu_seqlens, *cache)
         return y
 
     @staticmethod
     def backward(ctx, grad_y):
-        *saved, cu_seqlens = ctx.saved_tensors
-        grads = first_derivative("rope_attention", _BACKWARD, grad_y, *saved, *ctx.how, cu_seqlens)
-        return *grads, None, None, None, None, None
+        *saved, cu_seqlens, cache_k, cache_v, position = ctx.saved_tensors
+        masks = (*ctx.how, cu_seqlens, cache_k, cache_v, position)
+        grads = first_derivative("rope_attention", _BACKWARD, grad_y, *saved, *masks)
+        return *grads, *(None,) * 8
 
 
-def _fake_attention(q, k, v, cos, sin, causal, window, scale, interleaved, cu_seqlens, save):
+def _fake_attention(q, k, v, cos, sin, causal, window, scale, interleaved, cu_seqlens, ck, cv, position, save):
     batch, length, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((batch, heads, length) if save else (0,), dtype=torch.float32)
 
@@ -261,20 +267,31 @@ def _fake_attention_backward(grad_y, q, k, v, cos, sin, *_):
     return tuple(tensor.new_empty(tensor.shape) for tensor in (q, k, v, cos, sin))
 
 
+def _fake_attention_append(*_):
+    return None
+
+
 def _fake_attention_step(q, *_):
     return q.new_empty(q.shape)
 
 
 _FORWARD = TritonOp(
     "rope_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, bool causal, int? window, float scale, "
-    "bool interleaved, Tensor? cu_seqlens, bool save) -> (Tensor y, Tensor logsumexp)",
+    "bool interleaved, Tensor? cu_seqlens, Tensor? cache_k, Tensor? cache_v, Tensor? position, bool save) "
+    "-> (Tensor y, Tensor logsumexp)",
     "jambatalk_kernels.attention.triton", "attention_forward", _fake_attention,
 )  # fmt: skip
 _BACKWARD = TritonOp(
     "rope_attention_backward(Tensor grad_y, Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor y, "
-    "Tensor logsumexp, bool causal, int? window, float scale, bool interleaved, Tensor? cu_seqlens) "
+    "Tensor logsumexp, bool causal, int? window, float scale, bool interleaved, Tensor? cu_seqlens, "
+    "Tensor? cache_k, Tensor? cache_v, Tensor? position) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dcos, Tensor dsin)",
     "jambatalk_kernels.attention.triton", "attention_backward", _fake_attention_backward,
+)  # fmt: skip
+_APPEND = TritonOp(
+    "rope_attention_append(Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) cache_k, Tensor(b!) cache_v, "
+    "Tensor position, bool interleaved) -> ()",
+    "jambatalk_kernels.attention.triton", "attention_append", _fake_attention_append,
 )  # fmt: skip
 _STEP = TritonOp(
     "rope_attention_step(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) cache_k, "

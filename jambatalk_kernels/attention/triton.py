@@ -14,8 +14,14 @@ Keys outside are never read. The same holds for the queries that see a tile of k
 
 The query heads of a group are rows of one tile, position by position, so keys and values are read once per group. The
 keys are rotated once, in a launch of their own, into a contiguous copy in their dtype (as the reference rounds them),
-except for very short clips, where each tile of queries rotates what it loads. Rotated features stand pair by pair,
-whatever the pairs were: a product does not see their order. Nothing assumes a norm of (cos, sin).
+except for very short clips, where each tile of queries rotates what it loads. Nothing assumes a norm of (cos, sin).
+
+With a cache (chunked prefill) keys stand in `capacity` places before those of the chunk, in the order of their
+positions: place a < capacity is slot (position + a) % capacity, and the last min(position, capacity) of these places
+are filled. So a ring that has wrapped around is read in order, where it lies; `attention_append` is a launch of its
+own, for after the queries have seen what it overwrites. Cached keys get no gradient, so only that of q reads them.
+
+Packed positions outside of every sequence see nothing and nobody sees them.
 
 Saved: y and the logsumexp of each row, natural, float32; -inf where a row saw nothing (its y and gradients are zero).
 Every sum has a fixed order and nothing is added by atomics: dk and dv by programs that own keys (where these are too
@@ -43,7 +49,7 @@ from jambatalk_kernels.attention import heuristics
 from jambatalk_kernels.attention.heuristics import Device
 from jambatalk_kernels.triton_interpreter import dot, rounded
 
-__all__ = ["attention_backward", "attention_forward"]
+__all__ = ["attention_append", "attention_backward", "attention_forward"]
 
 LOG2_E = 1.4426950408889634
 _LOG2_E = tl.constexpr(LOG2_E)
@@ -69,34 +75,49 @@ def _load_pairs(rows, stride, inside, half, INTERLEAVED: tl.constexpr, BLOCK_H: 
 
 
 @triton.jit
-def _together(a, b):
-    """Pair by pair in one tile."""
-    return tl.reshape(tl.join(a, b), (a.shape[0], 2 * a.shape[1]))
+def _load_table(rows, stride, pair, inside, half):
+    """rows: pointers to each row's table, of which `pair` are read; float32."""
+    mask = inside[:, None] & (pair < half)[None, :]
+    return tl.load(rows[:, None] + pair[None, :] * stride, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _load_table(table, strides, position, head, inside, half, BLOCK_H: tl.constexpr):
-    f = tl.arange(0, BLOCK_H)
-    at = position.to(tl.int64)[:, None] * strides[1] + head * strides[2] + f[None, :] * strides[3]
-    return tl.load(table + at, mask=inside[:, None] & (f < half)[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _load_rotated(
-    rows, stride, cos, cos_strides, sin, sin_strides, position, head, inside, half,
-    INTERLEAVED: tl.constexpr, BLOCK_H: tl.constexpr,
+def load_rotated(
+    rows, stride, cos, cos_stride, sin, sin_stride, inside, half, INTERLEAVED: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    a, b = _load_pairs(rows, stride, inside, half, INTERLEAVED, BLOCK_H)
-    c = _load_table(cos, cos_strides, position, head, inside, half, BLOCK_H)
-    s = _load_table(sin, sin_strides, position, head, inside, half, BLOCK_H)
-    return rounded(_together(a * c - b * s, a * s + b * c), rows.dtype.element_ty)
+    """rows, cos, sin (R,): pointers to the first feature or angle of each. -> (R, BLOCK_D) rotated, features in order,
+    in the dtype of the rows."""
+    if INTERLEAVED:
+        pair = tl.arange(0, BLOCK_D // 2)
+        a, b = _load_pairs(rows, stride, inside, half, True, BLOCK_D // 2)
+        c = _load_table(cos, cos_stride, pair, inside, half)
+        s = _load_table(sin, sin_stride, pair, inside, half)
+        turned = tl.reshape(tl.join(a * c - b * s, a * s + b * c), (rows.shape[0], BLOCK_D))
+    else:  # each feature reads its partner too, from L1: halves of a tile cannot be put together
+        f = tl.arange(0, BLOCK_D)
+        first = f < half
+        pair = tl.where(first, f, f - half)
+        held = inside[:, None] & (f < 2 * half)[None, :]
+        own = tl.load(rows[:, None] + f[None, :] * stride, mask=held, other=0.0).to(tl.float32)
+        partner = tl.where(first, f + half, pair)
+        other = tl.load(rows[:, None] + partner[None, :] * stride, mask=held, other=0.0).to(tl.float32)
+        c = _load_table(cos, cos_stride, pair, inside, half)
+        s = _load_table(sin, sin_stride, pair, inside, half)
+        turned = own * c + tl.where(first, -1.0, 1.0)[None, :] * other * s
+    return rounded(turned, rows.dtype.element_ty)
 
 
 @triton.jit
 def _load_rows(rows, stride, inside, features, MASKED: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A tile of rows; without MASKED all are inside, with EVEN_D all features are."""
+    return _load_tile(
+        rows[:, None] + tl.arange(0, BLOCK_D)[None, :] * stride, inside, features, MASKED, EVEN_D, BLOCK_D
+    )
+
+
+@triton.jit
+def _load_tile(pointers, inside, features, MASKED: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Without MASKED all rows are inside, with EVEN_D all features are."""
     f = tl.arange(0, BLOCK_D)
-    pointers = rows[:, None] + f[None, :] * stride
     if MASKED:
         if EVEN_D:
             return tl.load(pointers, mask=inside[:, None], other=0.0)
@@ -109,21 +130,52 @@ def _load_rows(rows, stride, inside, features, MASKED: tl.constexpr, EVEN_D: tl.
 
 
 @triton.jit
+def _load_keys(
+    start, new, new_t, new_d, cache, cache_t, cache_d, capacity, turn, filled, length, features,
+    MASKED: tl.constexpr, CACHED: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N keys or values from place `start` on: of the chunk, and with CACHED those of the cache before."""
+    place = start + tl.arange(0, BLOCK_N)
+    if CACHED:
+        f = tl.arange(0, BLOCK_D)
+        slot = place + turn
+        slot = tl.where(slot >= capacity, slot - capacity, slot).to(tl.int64)
+        old = cache + slot[:, None] * cache_t + f[None, :] * cache_d
+        pointers = new + (place - capacity).to(tl.int64)[:, None] * new_t + f[None, :] * new_d
+        pointers = tl.where((place < capacity)[:, None], old, pointers)
+        inside = (place >= capacity - filled) & (place < capacity + length)
+        return _load_tile(pointers, inside, features, MASKED, EVEN_D, BLOCK_D)
+    else:
+        rows = new + tl.cast(start, tl.int64) * new_t + tl.arange(0, BLOCK_N).to(tl.int64) * new_t
+        return _load_rows(rows, new_d, place < length, features, MASKED, EVEN_D, BLOCK_D)
+
+
+@triton.jit
+def _cache_state(position, batch, position_b, capacity, CACHED: tl.constexpr):
+    """-> the places before the chunk's, how far the ring has turned, how many of the places are filled."""
+    if CACHED:
+        before = tl.maximum(tl.load(position + batch * position_b), 0)
+        return capacity, (before % capacity).to(tl.int32), tl.minimum(before, capacity).to(tl.int32)
+    else:
+        return 0, 0, 0
+
+
+@triton.jit
 def _visible_keys(
-    position, starts, stops, length, window,
+    position, starts, stops, length, window, capacity, filled,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """-> the first key that each position sees and the one after the last."""
+    """-> the first place that each position sees and the one after the last."""
     if PACKED:
         low = tl.load(starts + position)
         high = tl.load(stops + position)
     else:
-        low = tl.zeros_like(position)
-        high = low + length
+        low = tl.zeros_like(position) + (capacity - filled)
+        high = tl.zeros_like(position) + (capacity + length)
     if CAUSAL:
-        high = tl.minimum(high, position + 1)
+        high = tl.minimum(high, capacity + position + 1)
     if WINDOW:
-        low = tl.maximum(low, position - window + 1)
+        low = tl.maximum(low, capacity + position - window + 1)
     return low, high
 
 
@@ -132,7 +184,7 @@ def _seeing_queries(
     position, starts, stops, length, window,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """-> the first query that sees each position and the one after the last."""
+    """-> the first query that sees each position of the chunk and the one after the last."""
     if PACKED:
         low = tl.load(starts + position)
         high = tl.load(stops + position)
@@ -146,52 +198,101 @@ def _seeing_queries(
     return low, high
 
 
+@triton.jit
+def _stretch(low, high, PHASE: tl.constexpr, BLOCK: tl.constexpr):
+    """Tiles of BLOCK that the intervals [low, high) of a tile's rows touch, from a first to before a last: PHASE 0,
+    those that some see in part; 1, those that all see as a whole; 2, again those that some see in part."""
+    whole = tl.cdiv(tl.max(low, 0), BLOCK) * BLOCK
+    whole_end = tl.min(high, 0) // BLOCK * BLOCK
+    end = tl.max(high, 0)
+    if PHASE == 0:
+        return tl.min(low, 0) // BLOCK * BLOCK, tl.minimum(whole, end)
+    elif PHASE == 1:
+        return whole, whole_end
+    else:
+        return tl.maximum(whole, whole_end), end
+
+
 # ---- around the products --------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _packing_kernel(cu_seqlens, starts, stops, bounds, length, BLOCK: tl.constexpr):
-    """The sequence of each packed position: its first position and the one after its last. What stands before the
-    first bound or after the last is a sequence too, as in the reference."""
+    """The sequence of each packed position: its first position and the one after its last. A position before the first
+    bound or after the last has none: it stops where it starts. Bounds are clamped, and become their running maximum."""
     position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    start = tl.zeros((BLOCK,), tl.int32)
-    stop = tl.full((BLOCK,), 0, tl.int32) + length
+    start = tl.full((BLOCK,), -1, tl.int32)
+    stop = tl.full((BLOCK,), -1, tl.int32)
     bound = 0
     for i in range(bounds):
         bound = tl.maximum(bound, tl.minimum(tl.load(cu_seqlens + i), length))
         start = tl.where(bound <= position, bound, start)
-        stop = tl.where(bound > position, tl.minimum(stop, bound), stop)
-    tl.store(starts + position, start, mask=position < length)
-    tl.store(stops + position, stop, mask=position < length)
+        stop = tl.where((bound > position) & (stop < 0), bound, stop)
+    outside = (start < 0) | (stop < 0)
+    tl.store(starts + position, tl.where(outside, position, start), mask=position < length)
+    tl.store(stops + position, tl.where(outside, position, stop), mask=position < length)
 
 
 @triton.jit
 def _rotate_kernel(
     x, cos, sin, rotated, y, grad_y, delta, length, heads, half, tiles,
     x_b, x_t, x_h, x_d, cos_b, cos_t, cos_h, cos_d, sin_b, sin_t, sin_h, sin_d, grad_b, grad_t, grad_h, grad_d,
-    GROUP: tl.constexpr, INTERLEAVED: tl.constexpr, DELTA: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+    GROUP: tl.constexpr, INTERLEAVED: tl.constexpr, DELTA: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """rotated (batch, length, heads, head_dim), contiguous, pair by pair; with DELTA also <y, grad_y> per row."""
+    """rotated (batch, length, heads, head_dim), contiguous; with DELTA also <y, grad_y> per row."""
     program = tl.program_id(0)
     head = program // tiles % heads
     batch = (program // tiles // heads).to(tl.int64)
     position = program % tiles * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = position < length
-    rows = x + batch * x_b + head.to(tl.int64) * x_h + position.to(tl.int64) * x_t
-    value = _load_rotated(
-        rows, x_d, cos + batch * cos_b, (cos_b, cos_t, cos_h, cos_d), sin + batch * sin_b, (sin_b, sin_t, sin_h, sin_d),
-        position, (head // GROUP).to(tl.int64), inside, half, INTERLEAVED, BLOCK_H,
+    wide = position.to(tl.int64)
+    table_head = (head // GROUP).to(tl.int64)
+    value = load_rotated(
+        x + batch * x_b + head.to(tl.int64) * x_h + wide * x_t, x_d,
+        cos + batch * cos_b + table_head * cos_h + wide * cos_t, cos_d,
+        sin + batch * sin_b + table_head * sin_h + wide * sin_t, sin_d,
+        inside, half, INTERLEAVED, BLOCK_D,
     )  # fmt: skip
-    f = tl.arange(0, 2 * BLOCK_H)
+    f = tl.arange(0, BLOCK_D)
     held = inside[:, None] & (f < 2 * half)[None, :]
     at = ((batch * length + position) * heads + head)[:, None] * (2 * half) + f[None, :]
     tl.store(rotated + at, value, mask=held)
     if DELTA:
-        rows = grad_y + batch * grad_b + head.to(tl.int64) * grad_h
-        rows = rows + position.to(tl.int64) * grad_t
+        rows = grad_y + batch * grad_b + head.to(tl.int64) * grad_h + wide * grad_t
         grad = tl.load(rows[:, None] + f[None, :] * grad_d, mask=held, other=0.0).to(tl.float32)
         product = grad * tl.load(y + at, mask=held, other=0.0).to(tl.float32)
         tl.store(delta + (batch * heads + head) * length + position, tl.sum(product, 1), mask=inside)
+
+
+@triton.jit
+def _append_kernel(
+    k, v, cos, sin, cache_k, cache_v, position, length, kept, kv_heads, half, tiles, capacity,
+    k_b, k_t, k_h, k_d, v_b, v_t, v_h, v_d, cos_b, cos_t, cos_h, cos_d, sin_b, sin_t, sin_h, sin_d,
+    cache_k_b, cache_k_t, cache_k_h, cache_k_d, cache_v_b, cache_v_t, cache_v_h, cache_v_d, position_b,
+    INTERLEAVED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The last `kept` keys, rotated, and values of the chunk go to their slots."""
+    program = tl.program_id(0)
+    head = (program // tiles % kv_heads).to(tl.int64)
+    batch = (program // tiles // kv_heads).to(tl.int64)
+    wide = (length - kept + program % tiles * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    inside = wide < length
+    key = load_rotated(
+        k + batch * k_b + head * k_h + wide * k_t, k_d,
+        cos + batch * cos_b + head * cos_h + wide * cos_t, cos_d,
+        sin + batch * sin_b + head * sin_h + wide * sin_t, sin_d,
+        inside, half, INTERLEAVED, BLOCK_D,
+    )  # fmt: skip
+    value = _load_rows(v + batch * v_b + head * v_h + wide * v_t, v_d, inside, 2 * half, True, False, BLOCK_D)
+    slot = (tl.maximum(tl.load(position + batch * position_b), 0) + wide) % capacity
+    f = tl.arange(0, BLOCK_D)
+    mask = inside[:, None] & (f < 2 * half)[None, :]
+    cache_k += batch * cache_k_b + head * cache_k_h
+    cache_v += batch * cache_v_b + head * cache_v_h
+    key = rounded(key, cache_k.dtype.element_ty)
+    value = rounded(value, cache_v.dtype.element_ty)
+    tl.store(cache_k + slot[:, None] * cache_k_t + f[None, :] * cache_k_d, key, mask=mask)
+    tl.store(cache_v + slot[:, None] * cache_v_t + f[None, :] * cache_v_d, value, mask=mask)
 
 
 # ---- forward --------------------------------------------------------------------------------------------------------
@@ -199,31 +300,30 @@ def _rotate_kernel(
 
 @triton.jit
 def _forward_tiles(
-    queries, total, maximum, normalizer, low, high, begin, end,
-    k, v, cos, sin, kv_head, length, half, scale, k_strides, v_strides, cos_strides, sin_strides,
-    MASKED: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr, PRECISION: tl.constexpr,
-    EVEN_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    queries, total, maximum, normalizer, low, high, first, last,
+    k, v, k_t, k_d, v_t, v_d, cos, cos_t, cos_d, sin, sin_t, sin_d,
+    cache_k, cache_v, cache_k_t, cache_k_d, cache_v_t, cache_v_d, capacity, turn, filled, length, half, scale,
+    MASKED: tl.constexpr, CACHED: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax over the tiles of keys begin, begin + BLOCK_N, ... < end."""
-    n = tl.arange(0, BLOCK_N)
-    k_offsets = n.to(tl.int64) * k_strides[1]
-    v_offsets = n.to(tl.int64) * v_strides[1]
-    for start in range(begin, end, BLOCK_N):
-        first = tl.cast(start, tl.int64)
-        key = start + n
-        inside = key < length
-        k_rows = k + first * k_strides[1] + k_offsets
+    """The online softmax over the tiles of keys first, first + BLOCK_N, ... < last."""
+    for start in range(first, last, BLOCK_N):
+        place = start + tl.arange(0, BLOCK_N)
         if ROTATE:
-            keys = _load_rotated(
-                k_rows, k_strides[3], cos, cos_strides, sin, sin_strides, key, kv_head, inside, half,
-                INTERLEAVED, BLOCK_D // 2,
+            wide = place.to(tl.int64)
+            keys = load_rotated(
+                k + wide * k_t, k_d, cos + wide * cos_t, cos_d, sin + wide * sin_t, sin_d, place < length, half,
+                INTERLEAVED, BLOCK_D,
             )  # fmt: skip
         else:
-            keys = _load_rows(k_rows, k_strides[3], inside, 2 * half, MASKED, EVEN_D, BLOCK_D)
+            keys = _load_keys(
+                start, k, k_t, k_d, cache_k, cache_k_t, cache_k_d, capacity, turn, filled, length, 2 * half,
+                MASKED, CACHED, EVEN_D, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
         scores = tl.zeros((queries.shape[0], BLOCK_N), tl.float32)
         scores = dot(queries, tl.trans(keys), scores, PRECISION) * scale
         if MASKED:
-            seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
+            seen = (place[None, :] >= low[:, None]) & (place[None, :] < high[:, None])
             scores = tl.where(seen, scores, -float("inf"))
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))
         if MASKED:  # a row may have seen nothing so far
@@ -234,9 +334,10 @@ def _forward_tiles(
         weights = tl.exp2(scores - shift[:, None])
         normalizer = normalizer * shrink + tl.sum(weights, 1)
         total = total * shrink[:, None]
-        values = _load_rows(
-            v + first * v_strides[1] + v_offsets, v_strides[3], inside, 2 * half, MASKED, EVEN_D, BLOCK_D
-        )
+        values = _load_keys(
+            start, v, v_t, v_d, cache_v, cache_v_t, cache_v_d, capacity, turn, filled, length, 2 * half,
+            MASKED, CACHED, EVEN_D, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
         total = dot(rounded(weights, values.dtype), values, total, PRECISION)
         maximum = new_maximum
     return total, maximum, normalizer
@@ -244,19 +345,16 @@ def _forward_tiles(
 
 @triton.jit
 def _forward_kernel(
-    q, k, v, cos, sin, starts, stops, y, logsumexp,
-    length, kv_heads, half, groups, tiles, window, scale,
+    q, k, v, cos, sin, cache_k, cache_v, cache_position, starts, stops, y, logsumexp,
+    length, kv_heads, half, groups, tiles, window, capacity, scale,
     q_b, q_t, q_h, q_d, k_b, k_t, k_h, k_d, v_b, v_t, v_h, v_d,
     cos_b, cos_t, cos_h, cos_d, sin_b, sin_t, sin_h, sin_d,
-    GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, ROTATE: tl.constexpr,
-    INTERLEAVED: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr,
+    cache_k_b, cache_k_t, cache_k_h, cache_k_d, cache_v_b, cache_v_t, cache_v_h, cache_v_d, position_b,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, CACHED: tl.constexpr,
+    ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """scale is in units of log2. Without ROTATE, k is already rotated, pair by pair."""
-    k_strides = (k_b, k_t, k_h, k_d)
-    v_strides = (v_b, v_t, v_h, v_d)
-    cos_strides = (cos_b, cos_t, cos_h, cos_d)
-    sin_strides = (sin_b, sin_t, sin_h, sin_d)
+    """scale is in units of log2. Without ROTATE, k is already rotated."""
     program = tl.program_id(0)
     tile = tiles - 1 - program // groups  # the tiles with the most keys start first
     batch = (program % groups // kv_heads).to(tl.int64)
@@ -265,40 +363,33 @@ def _forward_kernel(
     inside = row < length * GROUP
     row = tl.minimum(row, length * GROUP - 1)
     position = row // GROUP
+    wide = position.to(tl.int64)
     head = kv_head * GROUP + row % GROUP
-    cos += batch * cos_strides[0]
-    sin += batch * sin_strides[0]
-    rows = q + batch * q_b + position.to(tl.int64) * q_t + head * q_h
-    queries = _load_rotated(
-        rows, q_d, cos, cos_strides, sin, sin_strides, position, kv_head, inside, half,
-        INTERLEAVED, BLOCK_D // 2,
+    cos += batch * cos_b + kv_head * cos_h
+    sin += batch * sin_b + kv_head * sin_h
+    queries = load_rotated(
+        q + batch * q_b + wide * q_t + head * q_h, q_d, cos + wide * cos_t, cos_d, sin + wide * sin_t, sin_d,
+        inside, half, INTERLEAVED, BLOCK_D,
     )  # fmt: skip
-    k += batch * k_strides[0] + kv_head * k_strides[2]
-    v += batch * v_strides[0] + kv_head * v_strides[2]
-    low, high = _visible_keys(position, starts, stops, length, window, CAUSAL, WINDOW, PACKED)
-    begin = tl.min(low, 0) // BLOCK_N * BLOCK_N
-    end = tl.max(high, 0)
-    whole = tl.cdiv(tl.max(low, 0), BLOCK_N) * BLOCK_N
-    whole_end = tl.min(high, 0) // BLOCK_N * BLOCK_N
+    k += batch * k_b + kv_head * k_h
+    v += batch * v_b + kv_head * v_h
+    if CACHED:
+        cache_k += batch * cache_k_b + kv_head * cache_k_h
+        cache_v += batch * cache_v_b + kv_head * cache_v_h
+    room, turn, filled = _cache_state(cache_position, batch, position_b, capacity, CACHED)
+    low, high = _visible_keys(position, starts, stops, length, window, room, filled, CAUSAL, WINDOW, PACKED)
     total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     maximum = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     normalizer = tl.zeros((BLOCK_M,), tl.float32)
-    if WINDOW or PACKED:
-        total, maximum, normalizer = _forward_tiles(
-            queries, total, maximum, normalizer, low, high, begin, tl.minimum(whole, end),
-            k, v, cos, sin, kv_head, length, half, scale, k_strides, v_strides, cos_strides, sin_strides,
-            True, ROTATE, INTERLEAVED, PRECISION, EVEN_D, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-    total, maximum, normalizer = _forward_tiles(
-        queries, total, maximum, normalizer, low, high, whole, whole_end,
-        k, v, cos, sin, kv_head, length, half, scale, k_strides, v_strides, cos_strides, sin_strides,
-        False, ROTATE, INTERLEAVED, PRECISION, EVEN_D, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
-    total, maximum, normalizer = _forward_tiles(
-        queries, total, maximum, normalizer, low, high, tl.maximum(whole, whole_end), end,
-        k, v, cos, sin, kv_head, length, half, scale, k_strides, v_strides, cos_strides, sin_strides,
-        True, ROTATE, INTERLEAVED, PRECISION, EVEN_D, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
+    for phase in tl.static_range(3):
+        if phase > 0 or WINDOW or PACKED or CACHED:
+            first, last = _stretch(low, high, phase, BLOCK_N)
+            total, maximum, normalizer = _forward_tiles(
+                queries, total, maximum, normalizer, low, high, first, last,
+                k, v, k_t, k_d, v_t, v_d, cos, cos_t, cos_d, sin, sin_t, sin_d,
+                cache_k, cache_v, cache_k_t, cache_k_d, cache_v_t, cache_v_d, room, turn, filled, length, half, scale,
+                phase != 1, CACHED, ROTATE, INTERLEAVED, PRECISION, EVEN_D, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
     nothing = normalizer == 0.0
     normalizer = tl.where(nothing, 1.0, normalizer)
     f = tl.arange(0, BLOCK_D)
@@ -318,23 +409,25 @@ def _forward_kernel(
 
 @triton.jit
 def _query_gradient_tiles(
-    queries, grads, total, logsumexp, delta, low, high, begin, end, k, v, length, features, scale,
-    k_t, v_t, v_d,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    queries, grads, total, logsumexp, delta, low, high, first, last, k, v, k_t, v_t, v_d,
+    cache_k, cache_v, cache_k_t, cache_k_d, cache_v_t, cache_v_d, capacity, turn, filled, length, features, scale,
+    MASKED: tl.constexpr, CACHED: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    n = tl.arange(0, BLOCK_N)
-    k_offsets = n.to(tl.int64) * k_t
-    v_offsets = n.to(tl.int64) * v_t
-    for start in range(begin, end, BLOCK_N):
-        first = tl.cast(start, tl.int64)
-        key = start + n
-        inside = key < length
-        keys = _load_rows(k + first * k_t + k_offsets, 1, inside, features, MASKED, EVEN_D, BLOCK_D)
-        values = _load_rows(v + first * v_t + v_offsets, v_d, inside, features, MASKED, EVEN_D, BLOCK_D)
+    for start in range(first, last, BLOCK_N):
+        keys = _load_keys(
+            start, k, k_t, 1, cache_k, cache_k_t, cache_k_d, capacity, turn, filled, length, features,
+            MASKED, CACHED, EVEN_D, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        values = _load_keys(
+            start, v, v_t, v_d, cache_v, cache_v_t, cache_v_d, capacity, turn, filled, length, features,
+            MASKED, CACHED, EVEN_D, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
         scores = tl.zeros((queries.shape[0], BLOCK_N), tl.float32)
         scores = dot(queries, tl.trans(keys), scores, PRECISION) * scale - logsumexp[:, None]
         if MASKED:
-            seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
+            place = start + tl.arange(0, BLOCK_N)
+            seen = (place[None, :] >= low[:, None]) & (place[None, :] < high[:, None])
             scores = tl.where(seen, scores, -float("inf"))
         weights = tl.exp2(scores)
         slopes = tl.zeros((queries.shape[0], BLOCK_N), tl.float32)
@@ -346,11 +439,12 @@ def _query_gradient_tiles(
 
 @triton.jit
 def _query_gradient_kernel(
-    q, k, v, grad_y, logsumexp, delta, starts, stops, grad_q,
-    length, kv_heads, features, groups, tiles, window, scale,
+    q, k, v, grad_y, logsumexp, delta, starts, stops, cache_k, cache_v, cache_position, grad_q,
+    length, kv_heads, features, groups, tiles, window, capacity, scale,
     v_b, v_t, v_h, v_d, grad_b, grad_t, grad_h, grad_d,
-    GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-    EVEN_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    cache_k_b, cache_k_t, cache_k_h, cache_k_d, cache_v_b, cache_v_t, cache_v_h, cache_v_d, position_b,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, CACHED: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """grad_q (batch, length, heads, head_dim) float32: of the rotated queries. q and k are rotated and contiguous;
     scale is in units of log2."""
@@ -371,31 +465,26 @@ def _query_gradient_kernel(
         True, EVEN_D, BLOCK_D,
     )  # fmt: skip
     at = (batch * heads + head) * length + position
-    total = tl.load(logsumexp + at) * _LOG2_E
-    row_logsumexp = tl.where(total == -float("inf"), 0.0, total)  # of a row that sees nothing: all is masked
+    row_logsumexp = tl.load(logsumexp + at) * _LOG2_E
+    row_logsumexp = tl.where(row_logsumexp == -float("inf"), 0.0, row_logsumexp)  # the row sees nothing: all is masked
     row_delta = tl.load(delta + at)
-    low, high = _visible_keys(position, starts, stops, length, window, CAUSAL, WINDOW, PACKED)
-    begin = tl.min(low, 0) // BLOCK_N * BLOCK_N
-    end = tl.max(high, 0)
-    whole = tl.cdiv(tl.max(low, 0), BLOCK_N) * BLOCK_N
-    whole_end = tl.min(high, 0) // BLOCK_N * BLOCK_N
     k += (batch * length * kv_heads + kv_head) * features
     k_t = tl.cast(kv_heads, tl.int64) * features
     v += batch * v_b + kv_head * v_h
+    if CACHED:
+        cache_k += batch * cache_k_b + kv_head * cache_k_h
+        cache_v += batch * cache_v_b + kv_head * cache_v_h
+    room, turn, filled = _cache_state(cache_position, batch, position_b, capacity, CACHED)
+    low, high = _visible_keys(position, starts, stops, length, window, room, filled, CAUSAL, WINDOW, PACKED)
     total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    if WINDOW or PACKED:
-        total = _query_gradient_tiles(
-            queries, grads, total, row_logsumexp, row_delta, low, high, begin, tl.minimum(whole, end),
-            k, v, length, features, scale, k_t, v_t, v_d, True, PRECISION, EVEN_D, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-    total = _query_gradient_tiles(
-        queries, grads, total, row_logsumexp, row_delta, low, high, whole, whole_end,
-        k, v, length, features, scale, k_t, v_t, v_d, False, PRECISION, EVEN_D, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
-    total = _query_gradient_tiles(
-        queries, grads, total, row_logsumexp, row_delta, low, high, tl.maximum(whole, whole_end), end,
-        k, v, length, features, scale, k_t, v_t, v_d, True, PRECISION, EVEN_D, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
+    for phase in tl.static_range(3):
+        if phase > 0 or WINDOW or PACKED or CACHED:
+            first, last = _stretch(low, high, phase, BLOCK_N)
+            total = _query_gradient_tiles(
+                queries, grads, total, row_logsumexp, row_delta, low, high, first, last, k, v, k_t, v_t, v_d,
+                cache_k, cache_v, cache_k_t, cache_k_d, cache_v_t, cache_v_d, room, turn, filled, length, features,
+                scale, phase != 1, CACHED, PRECISION, EVEN_D, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
     f = tl.arange(0, BLOCK_D)
     mask = inside[:, None] & (f < features)[None, :]
     tl.store(grad_q + q_rows[:, None] + f[None, :], total * (scale * _LN_2), mask=mask)
@@ -403,14 +492,14 @@ def _query_gradient_kernel(
 
 @triton.jit
 def _key_gradient_tiles(
-    keys, values, grad_k, grad_v, low, high, begin, end, q, grad_y, logsumexp, delta, length, features, scale,
+    keys, values, grad_k, grad_v, low, high, first, last, q, grad_y, logsumexp, delta, length, features, scale,
     q_t, grad_t, grad_h, grad_d,
     HEADS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Rows begin, begin + BLOCK_M, ... < end; row r is position r // HEADS of head r % HEADS."""
+    """Rows first, first + BLOCK_M, ... < last; row r is position r // HEADS of head r % HEADS."""
     m = tl.arange(0, BLOCK_M)
-    for start in range(begin, end, BLOCK_M):
+    for start in range(first, last, BLOCK_M):
         row = start + m
         position = row // HEADS
         head = (row % HEADS).to(tl.int64)
@@ -461,10 +550,6 @@ def _key_gradient_kernel(
     )
     low, high = _seeing_queries(key, starts, stops, length, window, CAUSAL, WINDOW, PACKED)
     low = tl.where(inside, low, length)  # keys past the end are seen by none, so no tile is whole for them
-    begin = tl.min(low, 0) * HEADS // BLOCK_M * BLOCK_M
-    end = tl.max(high, 0) * HEADS
-    whole = tl.cdiv(tl.max(low, 0) * HEADS, BLOCK_M) * BLOCK_M
-    whole_end = tl.min(high, 0) * HEADS // BLOCK_M * BLOCK_M
     heads = tl.cast(kv_heads, tl.int64) * (HEADS * SPLITS)
     head = kv_head * (HEADS * SPLITS) + split * HEADS
     q += (batch * length * heads + head) * features
@@ -474,18 +559,13 @@ def _key_gradient_kernel(
     q_t = heads * features
     total_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     total_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    total_k, total_v = _key_gradient_tiles(
-        keys, values, total_k, total_v, low, high, begin, tl.minimum(whole, end), q, grad_y, logsumexp, delta,
-        length, features, scale, q_t, grad_t, grad_h, grad_d, HEADS, True, PRECISION, EVEN_D, BLOCK_M, BLOCK_D,
-    )  # fmt: skip
-    total_k, total_v = _key_gradient_tiles(
-        keys, values, total_k, total_v, low, high, whole, whole_end, q, grad_y, logsumexp, delta,
-        length, features, scale, q_t, grad_t, grad_h, grad_d, HEADS, False, PRECISION, EVEN_D, BLOCK_M, BLOCK_D,
-    )  # fmt: skip
-    total_k, total_v = _key_gradient_tiles(
-        keys, values, total_k, total_v, low, high, tl.maximum(whole, whole_end), end, q, grad_y, logsumexp, delta,
-        length, features, scale, q_t, grad_t, grad_h, grad_d, HEADS, True, PRECISION, EVEN_D, BLOCK_M, BLOCK_D,
-    )  # fmt: skip
+    for phase in tl.static_range(3):
+        first, last = _stretch(low * HEADS, high * HEADS, phase, BLOCK_M)
+        total_k, total_v = _key_gradient_tiles(
+            keys, values, total_k, total_v, low, high, first, last, q, grad_y, logsumexp, delta,
+            length, features, scale, q_t, grad_t, grad_h, grad_d,
+            HEADS, phase != 1, PRECISION, EVEN_D, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
     f = tl.arange(0, BLOCK_D)
     mask = inside[:, None] & (f < features)[None, :]
     at = split * part + k_rows[:, None] + f[None, :]
@@ -500,7 +580,8 @@ def _store_pairs(rows, a, b, inside, half, INTERLEAVED: tl.constexpr):
     if INTERLEAVED:
         f = tl.arange(0, 2 * a.shape[1])
         mask = inside[:, None] & (f < 2 * half)[None, :]
-        tl.store(rows[:, None] + f[None, :], rounded(_together(a, b), kind), mask=mask)
+        value = tl.reshape(tl.join(a, b), (a.shape[0], 2 * a.shape[1]))
+        tl.store(rows[:, None] + f[None, :], rounded(value, kind), mask=mask)
     else:
         f = tl.arange(0, a.shape[1])
         mask = inside[:, None] & (f < half)[None, :]
@@ -515,9 +596,10 @@ def _turn_back(
 ):  # fmt: skip
     """Stores the gradient of x from that of x rotated, in PARTS; -> the gradients of cos and sin."""
     x_a, x_b = _load_pairs(x_rows, x_d, inside, half, INTERLEAVED, BLOCK_H)
-    a, b = _load_pairs(grad_rows, 1, inside, half, True, BLOCK_H)
+    a, b = _load_pairs(grad_rows, 1, inside, half, INTERLEAVED, BLOCK_H)
     for i in range(1, PARTS):
-        more_a, more_b = _load_pairs(grad_rows + tl.cast(i, tl.int64) * part, 1, inside, half, True, BLOCK_H)
+        rows = grad_rows + tl.cast(i, tl.int64) * part
+        more_a, more_b = _load_pairs(rows, 1, inside, half, INTERLEAVED, BLOCK_H)
         a += more_a
         b += more_b
     _store_pairs(grad_x_rows, c * a + s * b, c * b - s * a, inside, half, INTERLEAVED)
@@ -538,12 +620,9 @@ def _turn_back_kernel(
     batch = (program // tiles // kv_heads).to(tl.int64)
     position = (program % tiles * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     inside = position < length
-    c = _load_table(
-        cos + batch * cos_b, (cos_b, cos_t, cos_h, cos_d), position, kv_head, inside, half, BLOCK_H
-    )  # fmt: skip
-    s = _load_table(
-        sin + batch * sin_b, (sin_b, sin_t, sin_h, sin_d), position, kv_head, inside, half, BLOCK_H
-    )  # fmt: skip
+    f = tl.arange(0, BLOCK_H)
+    c = _load_table(cos + batch * cos_b + kv_head * cos_h + position * cos_t, cos_d, f, inside, half)
+    s = _load_table(sin + batch * sin_b + kv_head * sin_h + position * sin_t, sin_d, f, inside, half)
     at = ((batch * length + position) * kv_heads + kv_head) * (2 * half)
     total_c, total_s = _turn_back(
         k + batch * k_b + position * k_t + kv_head * k_h, k_d, grad_k_rotated + at, part, grad_k + at,
@@ -558,7 +637,6 @@ def _turn_back_kernel(
         )  # fmt: skip
         total_c += more_c
         total_s += more_s
-    f = tl.arange(0, BLOCK_H)
     at = ((batch * length + position) * kv_heads + kv_head)[:, None] * half + f[None, :]
     mask = inside[:, None] & (f < half)[None, :]
     tl.store(grad_cos + at, total_c, mask=mask)
@@ -618,7 +696,7 @@ def _rotate(
     y: Tensor | None = None,
     grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """-> x rotated, pair by pair, contiguous; and with y and its gradient their products (batch, heads, length)."""
+    """-> x rotated, contiguous; and with y and its gradient their products (batch, heads, length)."""
     batch, length, heads, head_dim = x.shape
     rotated = x.new_empty(x.shape)
     delta = None if y is None else x.new_empty(batch, heads, length, dtype=torch.float32)
@@ -628,9 +706,18 @@ def _rotate(
         x, cos, sin, rotated, y, grad, delta, length, heads, head_dim // 2, tiles,
         *x.stride(), *cos.stride(), *sin.stride(), *((0,) * 4 if grad is None else grad.stride()),
         GROUP=group, INTERLEAVED=interleaved, DELTA=y is not None,
-        BLOCK_T=block, BLOCK_H=heuristics.padded_head_dim(head_dim) // 2, num_warps=4,
+        BLOCK_T=block, BLOCK_D=heuristics.padded_head_dim(head_dim), num_warps=4,
     )  # fmt: skip
     return rotated, delta
+
+
+def _cache_strides(cache: tuple[Tensor, Tensor, Tensor] | None) -> tuple[int, ...]:
+    return (0,) * 9 if cache is None else (*cache[0].stride(), *cache[1].stride(), cache[2].stride(0))
+
+
+def _cached(cache_k: Tensor | None, cache_v: Tensor | None, position: Tensor | None, like: Tensor):
+    """The cache in the dtype of the keys (a copy, where it has another), or None."""
+    return None if cache_k is None else (cache_k.to(like.dtype), cache_v.to(like.dtype), position)
 
 
 def attention_forward(
@@ -644,9 +731,15 @@ def attention_forward(
     scale: float,
     interleaved: bool,
     cu_seqlens: Tensor | None,
+    cache_k: Tensor | None,
+    cache_v: Tensor | None,
+    position: Tensor | None,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    """-> y, contiguous, and with `save` the logsumexp (batch, heads, length) float32, else an empty tensor."""
+    """-> y, contiguous, and with `save` the logsumexp (batch, heads, length) float32, else an empty tensor.
+
+    The cache (batch, capacity, kv_heads, head_dim) is read only; a copy is made of one that has not the dtype of k.
+    """
     check(q)
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
@@ -656,22 +749,55 @@ def attention_forward(
         return y, logsumexp
     group, groups = heads // kv_heads, batch * kv_heads
     cos, sin = _per_head(cos, batch, kv_heads), _per_head(sin, batch, kv_heads)
-    plan = heuristics.forward_plan(length, group, groups, head_dim, q.element_size(), device_of(q.get_device()))
+    cache = _cached(cache_k, cache_v, position, k)
+    capacity = 0 if cache is None else cache_k.shape[1]
+    device = device_of(q.get_device())
+    plan = heuristics.forward_plan(length, capacity, group, groups, head_dim, q.element_size(), device)
     if not plan.rotate_on_load:
         k, _ = _rotate(k, cos, sin, interleaved, 1)
     starts, stops = _packing(cu_seqlens, length)
     tiles = triton.cdiv(length * group, plan.tile.block_m)
     block_d = heuristics.padded_head_dim(head_dim)
     _forward_kernel[(tiles * groups,)](
-        q, k, v, cos, sin, starts, stops, y, logsumexp,
-        length, kv_heads, head_dim // 2, groups, tiles, 0 if window is None else min(window, length), scale * LOG2_E,
-        *q.stride(), *k.stride(), *v.stride(), *cos.stride(), *sin.stride(),
-        GROUP=group, CAUSAL=causal, WINDOW=window is not None and window < length, PACKED=cu_seqlens is not None,
-        ROTATE=plan.rotate_on_load, INTERLEAVED=interleaved, SAVE=save, PRECISION=_precision(q),
-        EVEN_D=block_d == head_dim, BLOCK_M=plan.tile.block_m, BLOCK_N=plan.tile.block_n, BLOCK_D=block_d,
-        num_warps=plan.tile.num_warps, num_stages=plan.tile.num_stages,
+        q, k, v, cos, sin, *(cache or (None,) * 3), starts, stops, y, logsumexp,
+        length, kv_heads, head_dim // 2, groups, tiles, min(window or 0, capacity + length), capacity, scale * LOG2_E,
+        *q.stride(), *k.stride(), *v.stride(), *cos.stride(), *sin.stride(), *_cache_strides(cache),
+        GROUP=group, CAUSAL=causal, WINDOW=window is not None and window < capacity + length,
+        PACKED=cu_seqlens is not None, CACHED=cache is not None, ROTATE=plan.rotate_on_load, INTERLEAVED=interleaved,
+        SAVE=save, PRECISION=_precision(q), EVEN_D=block_d == head_dim,
+        BLOCK_M=plan.tile.block_m, BLOCK_N=plan.tile.block_n, BLOCK_D=block_d, num_warps=plan.tile.num_warps,
+        num_stages=plan.tile.num_stages,
     )  # fmt: skip
     return y, logsumexp
+
+
+def attention_append(
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cache_k: Tensor,
+    cache_v: Tensor,
+    position: Tensor,
+    interleaved: bool,
+) -> None:
+    """The keys, rotated, and values of a chunk go into the cache, in place; `position` is not changed.
+
+    Of a chunk longer than the cache only the end. Any strides and dtypes.
+    """
+    batch, length, kv_heads, head_dim = k.shape
+    if k.numel() == 0:
+        return
+    cos, sin = _per_head(cos, batch, kv_heads), _per_head(sin, batch, kv_heads)
+    capacity = cache_k.shape[1]
+    kept = min(length, capacity)
+    block = heuristics.rotation_rows(head_dim, kept)
+    tiles = triton.cdiv(kept, block)
+    _append_kernel[(tiles * kv_heads * batch,)](
+        k, v, cos, sin, cache_k, cache_v, position, length, kept, kv_heads, head_dim // 2, tiles, capacity,
+        *k.stride(), *v.stride(), *cos.stride(), *sin.stride(), *_cache_strides((cache_k, cache_v, position)),
+        INTERLEAVED=interleaved, BLOCK_T=block, BLOCK_D=heuristics.padded_head_dim(head_dim), num_warps=4,
+    )  # fmt: skip
 
 
 def _summed_to(grad: Tensor, table: Tensor) -> Tensor:
@@ -697,26 +823,31 @@ def attention_backward(
     scale: float,
     interleaved: bool,
     cu_seqlens: Tensor | None,
+    cache_k: Tensor | None,
+    cache_v: Tensor | None,
+    position: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> the gradients of q, k, v, cos and sin, in their shapes and dtypes. y and logsumexp as the forward gave them;
-    grad_y may have any strides."""
+    """-> the gradients of q, k, v, cos and sin, in their shapes and dtypes. y and logsumexp as the forward gave them,
+    and the cache as it found it; grad_y may have any strides."""
     check(q)
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     if q.numel() == 0:
         return tuple(t.new_zeros(t.shape) for t in (q, k, v, cos, sin))
     group, groups = heads // kv_heads, batch * kv_heads
-    plan = heuristics.backward_plan(length, group, groups, head_dim, q.element_size(), device_of(q.get_device()))
+    cache = _cached(cache_k, cache_v, position, k)
+    capacity = 0 if cache is None else cache_k.shape[1]
+    device = device_of(q.get_device())
+    plan = heuristics.backward_plan(length, capacity, group, groups, head_dim, q.element_size(), device)
     tables = _per_head(cos, batch, kv_heads), _per_head(sin, batch, kv_heads)
     q_rotated, delta = _rotate(q, *tables, interleaved, group, y.contiguous(), grad_y)
     k_rotated, _ = _rotate(k, *tables, interleaved, 1)
     logsumexp = logsumexp.contiguous()
     starts, stops = _packing(cu_seqlens, length)
     block_d = heuristics.padded_head_dim(head_dim)
-    window_size = 0 if window is None else min(window, length)
     common = dict(
-        CAUSAL=causal, WINDOW=window is not None and window < length, PACKED=cu_seqlens is not None,
-        PRECISION=_precision(q), EVEN_D=block_d == head_dim, BLOCK_D=block_d,
+        CAUSAL=causal, PACKED=cu_seqlens is not None, PRECISION=_precision(q), EVEN_D=block_d == head_dim,
+        BLOCK_D=block_d,
     )  # fmt: skip
     inputs = (q_rotated, k_rotated, v, grad_y, logsumexp, delta, starts, stops)
 
@@ -724,10 +855,11 @@ def attention_backward(
     tile = plan.queries
     tiles = triton.cdiv(length * group, tile.block_m)
     _query_gradient_kernel[(tiles * groups,)](
-        *inputs, grad_q_rotated, length, kv_heads, head_dim, groups, tiles, window_size, scale * LOG2_E,
-        *v.stride(), *grad_y.stride(),
-        GROUP=group, **common, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        *inputs, *(cache or (None,) * 3), grad_q_rotated,
+        length, kv_heads, head_dim, groups, tiles, min(window or 0, capacity + length), capacity, scale * LOG2_E,
+        *v.stride(), *grad_y.stride(), *_cache_strides(cache),
+        GROUP=group, WINDOW=window is not None and window < capacity + length, CACHED=cache is not None, **common,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
     splits = plan.splits
@@ -737,10 +869,10 @@ def attention_backward(
     tiles = triton.cdiv(length, tile.block_n)
     _key_gradient_kernel[(tiles * groups * splits,)](
         *inputs, grad_k_rotated, grad_v,
-        length, kv_heads, head_dim, groups, tiles, window_size, scale * LOG2_E, k.numel(),
+        length, kv_heads, head_dim, groups, tiles, min(window or 0, length), scale * LOG2_E, k.numel(),
         *v.stride(), *grad_y.stride(),
-        HEADS=group // splits, SPLITS=splits, **common, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        HEADS=group // splits, SPLITS=splits, WINDOW=window is not None and window < length, **common,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     grad_v = grad_v[0] if splits == 1 else grad_v.sum(0).to(v.dtype)
 

@@ -25,34 +25,11 @@ import triton.language as tl
 from torch import Tensor
 
 from jambatalk_kernels.attention import heuristics
-from jambatalk_kernels.attention.triton import LOG2_E, check, device_of
+from jambatalk_kernels.attention.triton import LOG2_E, check, device_of, load_rotated
 from jambatalk_kernels.gpu import next_power_of_2
 from jambatalk_kernels.triton_interpreter import dot, rounded
 
 __all__ = ["attention_step"]
-
-
-@triton.jit
-def _rotated(
-    rows, stride, cos, cos_stride, sin, sin_stride, inside, half, INTERLEAVED: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    """rows (R,) of pointers -> (R, BLOCK_D) rotated, features in their own order: that of the cache."""
-    f = tl.arange(0, BLOCK_D)
-    if INTERLEAVED:
-        pair = f // 2
-        first = f % 2 == 0
-        partner = tl.where(first, f + 1, f - 1)
-    else:
-        first = f < half
-        pair = tl.where(first, f, f - half)
-        partner = tl.where(first, f + half, f - half)
-    held = inside[:, None] & (f < 2 * half)[None, :]
-    own = tl.load(rows[:, None] + f[None, :] * stride, mask=held, other=0.0).to(tl.float32)
-    other = tl.load(rows[:, None] + partner[None, :] * stride, mask=held, other=0.0).to(tl.float32)
-    c = tl.load(cos + pair * cos_stride, mask=f < 2 * half, other=0.0).to(tl.float32)
-    s = tl.load(sin + pair * sin_stride, mask=f < 2 * half, other=0.0).to(tl.float32)
-    turned = own * c[None, :] + tl.where(first, -1.0, 1.0)[None, :] * other * s[None, :]
-    return rounded(turned, rows.dtype.element_ty)
 
 
 @triton.jit
@@ -75,11 +52,12 @@ def _step_kernel(
     f = tl.arange(0, BLOCK_D)
     held = f < 2 * half
     head = kv_head * GROUP + g
-    queries = _rotated(
-        q + batch * q_b + head * q_h, q_d, cos, cos_d, sin, sin_d, g < GROUP, half, INTERLEAVED, BLOCK_D
+    rows = head * 0
+    queries = load_rotated(
+        q + batch * q_b + head * q_h, q_d, cos + rows, cos_d, sin + rows, sin_d, g < GROUP, half, INTERLEAVED, BLOCK_D
     )  # fmt: skip
 
-    p = tl.load(position + batch * position_b).to(tl.int64)
+    p = tl.maximum(tl.load(position + batch * position_b), 0)
     newest = (p % capacity).to(tl.int32)
     oldest_age = tl.minimum(p, capacity - 1).to(tl.int32)
     if WINDOW:
@@ -96,9 +74,10 @@ def _step_kernel(
     total = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
     if (newest >= first) & (newest < first + slots):
         one = tl.arange(0, 1)
-        key = _rotated(
-            k + batch * k_b + kv_head * k_h + one, k_d, cos, cos_d, sin, sin_d, one == 0, half, INTERLEAVED, BLOCK_D
-        )
+        key = load_rotated(
+            k + batch * k_b + kv_head * k_h + one, k_d, cos + one, cos_d, sin + one, sin_d, one == 0, half,
+            INTERLEAVED, BLOCK_D,
+        )  # fmt: skip
         value = tl.load(v + batch * v_b + kv_head * v_h + f * v_d, mask=held, other=0.0)[None, :]
         key = rounded(key, cache_k.dtype.element_ty)
         value = rounded(value, cache_v.dtype.element_ty)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from jambatalk_kernels.attention import heuristics, reference
-from jambatalk_kernels.gpu import Device  # noqa: E402
+from jambatalk_kernels.attention.op import rope_attention
+from jambatalk_kernels.gpu import Device
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
@@ -17,6 +18,7 @@ from jambatalk_kernels.attention import triton_step  # noqa: E402
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_compiler = pytest.mark.skipif(gpu_code.missing_tools() is not None, reason=str(gpu_code.missing_tools()))
 
+NO_CACHE = (None, None, None)
 HALF_BAR = {torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
 
@@ -55,6 +57,17 @@ def options(causal=True, window=None, scale=None, interleaved=False, cu_seqlens=
     return causal, window, head_dim**-0.5 if scale is None else scale, interleaved, cu_seqlens
 
 
+def definition(*inputs_and_masks):
+    """The reference; what stands outside of every packed sequence is zero."""
+    y, cu_seqlens = reference.rope_attention(*inputs_and_masks, None), inputs_and_masks[-1]
+    return y if cu_seqlens is None else y * inside(cu_seqlens, y.shape[1])[:, None, None]
+
+
+def inside(cu_seqlens, length):
+    position = torch.arange(length, device=cu_seqlens.device)
+    return (position >= cu_seqlens[0]) & (position < cu_seqlens.max())
+
+
 def rms_ratio(got, want):
     got, want = got.double(), want.double()
     return ((got - want).square().mean().sqrt() / want.square().mean().sqrt().clamp_min(1e-300)).item()
@@ -89,12 +102,12 @@ def test_forward(shape, table, choice, device, monkeypatch):
     monkeypatch.setattr(kernels, "device_of", lambda _: device)
     inputs = make(*shape, table=table)
     masks = options(**choice, head_dim=shape[-1])
-    y, logsumexp = kernels.attention_forward(*inputs, *masks, True)
-    exact = reference.rope_attention(*(t.double() for t in inputs), *masks, None)
-    assert_accurate(y, exact, reference.rope_attention(*inputs, *masks, None), 1e-5)
+    y, logsumexp = kernels.attention_forward(*inputs, *masks, *NO_CACHE, True)
+    exact = definition(*(t.double() for t in inputs), *masks)
+    assert_accurate(y, exact, definition(*inputs, *masks), 1e-5)
     assert y.is_contiguous() and y.dtype == inputs[0].dtype
     # exp(logsumexp) is the sum that the weights were divided by: attention to v = 1 in the visible keys only.
-    assert logsumexp.shape == (shape[0], shape[2], shape[1]) and logsumexp.isfinite().all()
+    assert logsumexp.shape == (shape[0], shape[2], shape[1])
     torch.testing.assert_close(logsumexp, naive_logsumexp(*inputs[:2], *inputs[3:], *masks), rtol=2e-5, atol=2e-5)
 
 
@@ -111,7 +124,7 @@ def naive_logsumexp(q, k, cos, sin, causal, window, scale, interleaved, cu_seqle
         seen &= j > i - window
     if cu_seqlens is not None:
         sequence = torch.searchsorted(cu_seqlens.long(), i.flatten(), right=True)
-        seen &= sequence[:, None] == sequence[None]
+        seen &= (sequence[:, None] == sequence[None]) & inside(cu_seqlens, len(i))
     return scores.masked_fill(~seen, -torch.inf).logsumexp(-1).float()
 
 
@@ -120,10 +133,10 @@ def naive_logsumexp(q, k, cos, sin, causal, window, scale, interleaved, cu_seqle
 def test_forward_in_half_precision(shape, dtype):
     inputs = make(*shape, dtype=dtype)
     masks = options(head_dim=shape[-1])
-    y, empty = kernels.attention_forward(*inputs, *masks, False)
-    exact = reference.rope_attention(*(t.double() for t in inputs), *masks, None)
+    y, empty = kernels.attention_forward(*inputs, *masks, *NO_CACHE, False)
+    exact = definition(*(t.double() for t in inputs), *masks)
     assert y.dtype == dtype and empty.shape == (0,)
-    assert_accurate(y, exact, reference.rope_attention(*inputs, *masks, None), HALF_BAR[dtype])
+    assert_accurate(y, exact, definition(*inputs, *masks), HALF_BAR[dtype])
 
 
 @pytest.mark.parametrize("device", [FEW, MANY], ids=["large tiles", "small tiles"])
@@ -131,14 +144,14 @@ def test_forward_takes_any_strides(device, monkeypatch):
     monkeypatch.setattr(kernels, "device_of", lambda _: device)
     inputs = make(2, 20, 4, 2, 12, table="all")
     masks = options(head_dim=12, window=9)
-    y, _ = kernels.attention_forward(*inputs, *masks, True)
+    y, _ = kernels.attention_forward(*inputs, *masks, *NO_CACHE, True)
 
-    moved, _ = kernels.attention_forward(*(elsewhere(t) for t in inputs), *masks, True)
+    moved, _ = kernels.attention_forward(*(elsewhere(t) for t in inputs), *masks, *NO_CACHE, True)
     assert rms_ratio(moved, y) < 1e-6
     q, k, v, cos, sin = inputs
     expanded = (q, k[:1].expand_as(k), v[:, :, :1].expand_as(v), cos, sin)
-    y, _ = kernels.attention_forward(*expanded, *masks, True)
-    copied, _ = kernels.attention_forward(*(t.contiguous() for t in expanded), *masks, True)
+    y, _ = kernels.attention_forward(*expanded, *masks, *NO_CACHE, True)
+    copied, _ = kernels.attention_forward(*(t.contiguous() for t in expanded), *masks, *NO_CACHE, True)
     assert torch.equal(y, copied)
 
 
@@ -146,26 +159,28 @@ def test_packing_clamps_its_bounds():
     """As bounds are read on the device, bad ones must not lead out of the sequence; they become a running maximum."""
     inputs = make(1, 20, 2, 1, 8)
     bad, good = [-3, 7, 5, 99], [0, 7, 7, 20]
-    got, want = (kernels.attention_forward(*inputs, *options(cu_seqlens=c, head_dim=8), True)[0] for c in (bad, good))
+    got, want = (
+        kernels.attention_forward(*inputs, *options(cu_seqlens=c, head_dim=8), *NO_CACHE, True)[0] for c in (bad, good)
+    )
     assert torch.equal(got, want)
 
 
 def test_forward_of_nothing_and_refusals():
     for shape in ((0, 3, 2, 1, 8), (2, 0, 2, 1, 8)):
         inputs = make(*shape)
-        y, logsumexp = kernels.attention_forward(*inputs, *options(head_dim=8), True)
+        y, logsumexp = kernels.attention_forward(*inputs, *options(head_dim=8), *NO_CACHE, True)
         assert y.shape == shape[:2] + (2, 8) and logsumexp.numel() == 0
     with pytest.raises(TypeError, match="float64"):
-        kernels.attention_forward(*make(1, 3, 2, 1, 8, dtype=torch.float64), *options(head_dim=8), True)
+        kernels.attention_forward(*make(1, 3, 2, 1, 8, dtype=torch.float64), *options(head_dim=8), *NO_CACHE, True)
     with pytest.raises(ValueError, match="head_dim up to 256"):
-        kernels.attention_forward(*make(1, 3, 2, 1, 258), *options(head_dim=8), True)
+        kernels.attention_forward(*make(1, 3, 2, 1, 258), *options(head_dim=8), *NO_CACHE, True)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, in the interpreter
 def test_what_is_not_finite_stays_with_those_who_see_it():
     q, k, v, cos, sin = make(1, 40, 2, 1, 8)
     k[0, 20] = torch.nan
-    y, _ = kernels.attention_forward(q, k, v, cos, sin, *options(head_dim=8, window=6), True)
+    y, _ = kernels.attention_forward(q, k, v, cos, sin, *options(head_dim=8, window=6), *NO_CACHE, True)
     seen = torch.zeros(40, dtype=torch.bool, device=DEVICE)
     seen[20:26] = True
     assert y[0, seen].isnan().all() and y[0, ~seen].isfinite().all()
@@ -178,13 +193,13 @@ NAMES = ("q", "k", "v", "cos", "sin")
 
 def reference_gradients(inputs, grad_y, masks, wide):
     inputs = [(t.double() if wide else t).detach().clone().requires_grad_() for t in inputs]
-    y = reference.rope_attention(*inputs, *masks, None)
+    y = definition(*inputs, *masks)
     return torch.autograd.grad(y, inputs, grad_y.to(y.dtype))
 
 
 def triton_gradients(inputs, grad_y, masks):
-    y, logsumexp = kernels.attention_forward(*inputs, *masks, True)
-    return kernels.attention_backward(grad_y, *inputs, y, logsumexp, *masks)
+    y, logsumexp = kernels.attention_forward(*inputs, *masks, *NO_CACHE, True)
+    return kernels.attention_backward(grad_y, *inputs, y, logsumexp, *masks, *NO_CACHE)
 
 
 def assert_gradients(inputs, grad_y, masks, bar):
@@ -275,10 +290,116 @@ def test_wide_heads(head_dim):
     shape = (1, 70, 2, 1, head_dim)
     inputs = make(*shape)
     masks = options(head_dim=head_dim, interleaved=True)
-    y, _ = kernels.attention_forward(*inputs, *masks, False)
-    exact = reference.rope_attention(*(t.double() for t in inputs), *masks, None)
-    assert_accurate(y, exact, reference.rope_attention(*inputs, *masks, None), 1e-5)
+    y, _ = kernels.attention_forward(*inputs, *masks, *NO_CACHE, False)
+    exact = definition(*(t.double() for t in inputs), *masks)
+    assert_accurate(y, exact, definition(*inputs, *masks), 1e-5)
     assert_gradients(inputs, normal(1, 70, 2, head_dim, seed=6, dtype=torch.float32), masks, 1e-5)
+
+
+# ---- chunks against a cache -----------------------------------------------------------------------------------------
+
+CHUNKED = [  # (batch, length, heads, kv_heads, head_dim), capacity, chunks, table, options
+    ((2, 41, 4, 2, 6), 41, (7, 1, 33), "positions", dict()),
+    ((1, 41, 2, 1, 16), 60, (20, 21), "heads", dict(interleaved=True)),
+    ((1, 70, 4, 1, 8), 9, (5, 30, 1, 34), "all", dict(window=9)),  # a ring, and chunks longer than it
+    ((2, 50, 2, 2, 20), 37, (40, 3, 7), "sequences", dict(window=20, interleaved=True, scale=0.4)),
+    ((1, 12, 2, 1, 8), 1, (1, 5, 6), "positions", dict(window=1)),
+]
+
+
+def chunk(inputs, start, stop):
+    """Positions start to stop of q, k, v, cos and sin."""
+    q, k, v, *tables = inputs
+    tables = [t[start:stop] if t.dim() == 2 or t.shape[0] == q.shape[1] else t[:, start:stop] for t in tables]
+    return [*(t[:, start:stop] for t in (q, k, v)), *tables]
+
+
+@pytest.mark.parametrize("device", [FEW, MANY], ids=["large tiles", "small tiles"])
+@pytest.mark.parametrize("shape, capacity, sizes, table, choice", CHUNKED, ids=str)
+def test_any_chunks_are_the_whole(shape, capacity, sizes, table, choice, device, monkeypatch):
+    monkeypatch.setattr(kernels, "device_of", lambda _: device)
+    inputs = make(*shape, table=table)
+    exact, peer = (
+        rope_attention(*(t.to(dtype) for t in inputs), **choice, backend="reference")
+        for dtype in (torch.float64, torch.float32)
+    )
+    cache = reference.KVCache.empty(shape[0], capacity, *shape[3:], device=DEVICE)
+    cache.k[:], cache.v[:] = torch.nan, torch.nan  # what was never written is never read
+    parts = []
+    for start, size in zip(itertools.accumulate((0, *sizes)), sizes, strict=False):
+        part = chunk(inputs, start, start + size)
+        parts.append(rope_attention(*part, **choice, cache=cache, backend="triton"))
+        assert cache.position.tolist() == [start + size] * shape[0]
+    assert_accurate(torch.cat(parts, 1), exact, peer, 1e-5)
+    written = reference.KVCache.empty(shape[0], capacity, *shape[3:], device=DEVICE)
+    rope_attention(*inputs, **choice, cache=written, backend="reference")
+    kept = min(capacity, shape[1])
+    at = torch.arange(shape[1] - kept, shape[1]) % capacity
+    torch.testing.assert_close(cache.k[:, at], written.k[:, at])
+    assert torch.equal(cache.v[:, at], written.v[:, at])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window, capacity", [(None, 90), (25, 30)], ids=str)
+def test_gradients_of_a_chunk(window, capacity, dtype):
+    """Each sequence at its own position; a cache of another dtype, with gaps; what is cached carries no gradient."""
+    shape = (3, 34, 4, 2, 16)
+    tables = (t.to(DEVICE) for t in reference.rotary_table(torch.arange(34), 16))
+    inputs = (*make(*shape, dtype=dtype)[:3], *tables)
+    grad_y = normal(*shape[:3], 16, seed=6, dtype=dtype)
+    got, exact, peer = {}, {}, {}
+    for results, backend, kind in (
+        (got, "triton", dtype), (exact, "reference", torch.float64), (peer, "reference", dtype)
+    ):  # fmt: skip
+        wide = (normal(3, 2, capacity, 32, seed=i).float().transpose(1, 2)[..., ::2] for i in (8, 9))
+        cache = reference.KVCache(*wide, torch.tensor([0, 11, 41], device=DEVICE))
+        leaves = [t.to(kind if t.dtype == dtype else t.dtype).detach().requires_grad_() for t in inputs]
+        if kind == torch.float64:
+            leaves = [t.double().detach().requires_grad_() for t in leaves]
+        y = rope_attention(*leaves, window=window, cache=cache, backend=backend)
+        assert cache.position.tolist() == [34, 45, 75] and not cache.k.requires_grad
+        after = cache.clone()
+        cache.k.zero_(), cache.v.zero_(), cache.position.zero_()  # it goes on changing before the backward pass
+        results["y"] = y.detach()
+        results.update(zip(NAMES, torch.autograd.grad(y, leaves, grad_y.to(y.dtype)), strict=True))
+        results["cache"] = after
+    caches = [results.pop("cache") for results in (got, exact, peer)]
+    for name, value in got.items():
+        bar = 1e-5 if dtype == torch.float32 else HALF_BAR[dtype]
+        assert_accurate(value, exact[name].to(torch.float64), peer[name], bar, name)
+    torch.testing.assert_close(caches[0].k, caches[2].k)
+    assert torch.equal(caches[0].v, caches[2].v)
+
+
+def test_a_wild_position_reads_nothing_out_of_range():
+    """The number of cached positions is a value on the device, which nobody reads: it counts as at least 0."""
+    inputs = make(1, 5, 2, 1, 8)
+    for wild, tame in ((-7, 0), (2**62, 2**62)):
+        results = []
+        for position in (wild, tame):
+            cache = reference.KVCache.empty(1, 9, 1, 8, device=DEVICE)
+            cache.position += position
+            y, _ = kernels.attention_forward(
+                *inputs, *options(window=6, head_dim=8), cache.k, cache.v, cache.position, False
+            )
+            kernels.attention_append(*inputs[1:], cache.k, cache.v, cache.position, False)
+            step = [t[:, 0] for t in inputs[:3]] + [t[:1] for t in inputs[3:]]
+            one = triton_step.attention_step(*step, cache.k, cache.v, cache.position, 6, 1.0, False)
+            results.append((y, cache.k, cache.v, one))
+        assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(*results, strict=True))
+
+
+def test_positions_outside_of_every_sequence_give_zeros():
+    inputs = make(1, 41, 2, 1, 8)
+    for causal, bounds in ((True, [3, 9, 30]), (False, [3, 9, 30]), (True, [7]), (False, [40, 41]), (True, [0, 0])):
+        masks = options(causal=causal, cu_seqlens=bounds, head_dim=8)
+        y, logsumexp = kernels.attention_forward(*inputs, *masks, *NO_CACHE, True)
+        assert torch.equal(logsumexp[0, 0] > -torch.inf, inside(masks[-1], 41))
+        results = (y, *triton_gradients(inputs, torch.ones_like(y), masks))
+        for name, value in zip(("y", *NAMES), results, strict=True):
+            value = value if name in ("cos", "sin") else value[0]
+            assert not value[~inside(masks[-1], 41)].any(), name
+            assert value.isfinite().all(), name
 
 
 # ---- step -----------------------------------------------------------------------------------------------------------
@@ -392,13 +513,13 @@ def test_forward_tiles_fit_every_gpu(capability):
     device = Device(capability, 100)
     limit = gpu_code.SHARED_LIMIT[CAPABILITIES[capability]]
     for length, head_dim, itemsize in itertools.product(LENGTHS, HEAD_DIMS, (2, 4)):
-        for group, groups in ((1, 1), (1, 64), (3, 2), (8, 1)):
-            tile, on_load = heuristics.forward_plan(length, group, groups, head_dim, itemsize, device)
+        for (group, groups), capacity in itertools.product(((1, 1), (1, 64), (3, 2), (8, 1)), (0, 5, 600)):
+            tile, on_load = heuristics.forward_plan(length, capacity, group, groups, head_dim, itemsize, device)
             width = heuristics.padded_head_dim(head_dim)
             assert powers_of_two(tile.block_m, tile.block_n, width)
             assert itemsize * width * (tile.block_m + 2 * tile.block_n * tile.num_stages) <= limit
             assert tile.block_m * (width + tile.block_n) <= 128 * 32 * tile.num_warps * 1.5
-            assert on_load == (-(-length * group // tile.block_m) <= 2)
+            assert on_load == (-(-length * group // tile.block_m) <= 2 and capacity == 0)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
@@ -406,8 +527,8 @@ def test_backward_tiles_fit_every_gpu(capability):
     device = Device(capability, 100)
     limit = gpu_code.SHARED_LIMIT[CAPABILITIES[capability]]
     for length, head_dim, itemsize in itertools.product(LENGTHS, HEAD_DIMS, (2, 4)):
-        for group, groups in ((1, 1), (1, 64), (3, 2), (8, 1)):
-            plan = heuristics.backward_plan(length, group, groups, head_dim, itemsize, device)
+        for (group, groups), capacity in itertools.product(((1, 1), (1, 64), (3, 2), (8, 1)), (0, 5, 600)):
+            plan = heuristics.backward_plan(length, capacity, group, groups, head_dim, itemsize, device)
             width = heuristics.padded_head_dim(head_dim)
             for tile, held, passing in (
                 (plan.queries, plan.queries.block_m, plan.queries.block_n),
@@ -421,8 +542,8 @@ def test_backward_tiles_fit_every_gpu(capability):
             assert group % plan.splits == 0
             programs = -(-length // plan.keys.block_n) * groups
             assert plan.splits == 1 or programs * plan.splits <= 100 * group
-    assert heuristics.backward_plan(600, 8, 1, 64, 2, device).splits > 1
-    assert heuristics.backward_plan(4096, 8, 64, 64, 2, device).splits == 1
+    assert heuristics.backward_plan(600, 0, 8, 1, 64, 2, device).splits > 1
+    assert heuristics.backward_plan(4096, 0, 8, 64, 64, 2, device).splits == 1
 
 
 # ---- machine code ---------------------------------------------------------------------------------------------------
@@ -435,7 +556,7 @@ def test_products_run_on_matrix_units_and_spill_nothing(capability):
     codes = gpu_code.compile_triton("jambatalk_kernels.attention.ahead_of_time", capability)
     assert {name.split()[0] for name in codes} == {
         "rotate_kernel", "packing_kernel", "forward_kernel", "query_gradient_kernel", "key_gradient_kernel",
-        "turn_back_kernel", "step_kernel", "combine_kernel",
+        "turn_back_kernel", "append_kernel", "step_kernel", "combine_kernel",
     }  # fmt: skip
     for name, code in codes.items():
         assert code.shared_bytes <= gpu_code.SHARED_LIMIT[capability], name
