@@ -57,7 +57,8 @@ def rope_attention(
 
     Raises:
         TypeError, ValueError: a bad dtype, shape, device or range, naming the argument; a cache without room
-        (its positions are on the device, so off the CPU that is checked only with JAMBATALK_KERNELS_CHECK=1).
+            (its positions are on the device, so off the CPU that is checked only with JAMBATALK_KERNELS_CHECK=1, and
+            not in compiled code).
     """
     _check_qkv(q, k, v, 4, "(batch, length, heads, head_dim)", "(batch, length, kv_heads, head_dim)")
     batch, length, heads, head_dim = q.shape
@@ -231,8 +232,8 @@ def _check_cache(cache: KVCache, q: Tensor, kv_heads: int, length: int, window: 
         )
     if window is not None and cache.capacity >= window:
         return  # a ring: it can never run out
-    # A value, not a shape: reading it off a device would wait for the device.
-    if batch and (q.device.type == "cpu" or values_are_checked()):
+    # A value, not a shape: reading it off a device would wait for the device, and a compiler that traces cannot.
+    if batch and not torch.compiler.is_compiling() and (q.device.type == "cpu" or values_are_checked()):
         used = int(cache.position.max())
         if used + length > cache.capacity:
             needed = f"a window of {window}" if window is not None else f"{used} + {length} positions"

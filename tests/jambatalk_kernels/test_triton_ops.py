@@ -63,10 +63,13 @@ def test_moe_ops():
 def test_attention_ops(table):
     q, k, v = torch.randn(2, 9, 2, 8), torch.randn(2, 9, 1, 8), torch.randn(2, 9, 1, 8)
     arguments = (q, k, v, torch.randn(table), torch.randn(table))
-    how = (True, 5, 0.3, False, None)
-    check(OPS.rope_attention.default, *arguments, *how, True)
-    y, logsumexp = OPS.rope_attention(*arguments, *how, True)
-    check(OPS.rope_attention_backward.default, y, *arguments, y, logsumexp, *how)
+    cache = KVCache.empty(2, 5, 1, 8)
+    for earlier in ((None, None, None), tuple(vars(cache).values())):
+        how = (True, 5, 0.3, False, None, *earlier)
+        check(OPS.rope_attention.default, *arguments, *how, True)
+        y, logsumexp = OPS.rope_attention(*arguments, *how, True)
+        check(OPS.rope_attention_backward.default, y, *arguments, y, logsumexp, *how)
+    check(OPS.rope_attention_append.default, *arguments[1:], *earlier, False)
     leaves = [tensor.requires_grad_() for tensor in arguments]
     y = rope_attention(*leaves, window=5, scale=0.3, backend="triton")
     exact_leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
@@ -91,6 +94,27 @@ def test_attention_steps_advance_the_cache():
     check(OPS.rope_attention_step.default, *arguments, *vars(caches["triton"]).values(), 3, 0.3, False)
     for mine, theirs in zip(*(vars(cache).values() for cache in caches.values()), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_a_chunk_against_a_cache_compiles():
+    q, k, v = torch.randn(2, 6, 2, 8), torch.randn(2, 6, 1, 8), torch.randn(2, 6, 1, 8)
+    cos, sin = torch.randn(2, 6, 4)
+
+    def run(q, *cache):
+        cache = KVCache(*cache)
+        y = [
+            rope_attention(q[:, at], k[:, at], v[:, at], cos[at], sin[at], cache=cache, backend="triton")
+            for at in (slice(4), slice(4, 6))
+        ]
+        return torch.cat(y, 1).square().sum()
+
+    torch._dynamo.reset()
+    results = []
+    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        leaf, cache = q.clone().requires_grad_(), KVCache.empty(2, 6, 1, 8)
+        results.append((*torch.autograd.grad(function(leaf, *vars(cache).values()), leaf), *vars(cache).values()))
+    torch.testing.assert_close(*results)
+    assert results[1][-1].tolist() == [6, 6]
 
 
 def test_compiles_without_a_graph_break():
