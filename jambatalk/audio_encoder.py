@@ -180,7 +180,7 @@ class AudioEncoder(nn.Module):
         have = samples[:, max(begin, 0) : max(min(end, samples.shape[1]), 0)]
         have = pad(have, (max(0, -begin), max(0, end - max(begin, 0) - have.shape[1])))
         features = self.convolve(have * self.config.input_gain)
-        return torch.lerp(features[:, before - k0], features[:, before - k0 + 1], share)
+        return torch.lerp(features[:, before - k0], features[:, before - k0 + 1], share.to(features.dtype))
 
     def _window(self, valid: Tensor) -> Tensor:
         """valid (batch, frames) -> (batch, frames, frames) bool: who sees whom. Padding sees itself."""

@@ -77,8 +77,12 @@ class MambaMixer(nn.Module):
                 u, weight, self.conv1d.bias, activation="silu", initial_state=state.conv, return_final_state=True
             )
         dt, B, C = self.x_proj(u).split([self.rank, self.states, self.states], dim=-1)
-        delta = linear(self.dt_layernorm(dt), self.dt_proj.weight)
-        B, C = self.b_layernorm(B), self.c_layernorm(C)
+        # Under autocast the norms compute in the dtype of their weights, as transformers' Jamba does.
+        dt, B, C = (
+            norm(x.to(norm.weight.dtype)).to(x.dtype)
+            for norm, x in ((self.dt_layernorm, dt), (self.b_layernorm, B), (self.c_layernorm, C))
+        )
+        delta = linear(dt, self.dt_proj.weight)
         arguments = dict(D=self.D, z=z, delta_bias=self.dt_proj.bias, delta_softplus=True)
         if state is None:
             y = selective_scan(u, delta, self.A, B, C, **arguments)

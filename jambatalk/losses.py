@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
+
+from jambatalk_kernels import Routing
 
 MM2 = 1e6  # square metres -> square millimetres
 
@@ -55,19 +59,47 @@ class MotionLoss(nn.Module):
         return ((error @ self.metric) * error).sum(-1)
 
     def forward(
-        self, predicted: Tensor, target: Tensor, valid: Tensor, emphasis: Tensor | None = None
+        self,
+        predicted: Tensor,
+        target: Tensor,
+        valid: Tensor,
+        emphasis: Tensor | None = None,
+        counts: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """predicted, target (batch, frames, d); valid (batch, frames) bool -> position and velocity loss, scalars.
 
         Each is a mean over the valid frames, so that padding does not count. emphasis: (batch, frames), factors on the
-        position loss of each frame.
+        position loss of each frame. counts: frames and pairs of neighbours (`count`) to divide the sums by, where they
+        are not those of this batch alone.
         """
-        error = predicted.float() - target.float()
+        frames, pairs = self.count(valid) if counts is None else counts
+        error = torch.where(valid[..., None], predicted.float() - target.float(), 0)
         position = self._square(error)
         if emphasis is not None:
             position = position * emphasis
-        position = position[valid].mean()
         both = valid[:, 1:] & valid[:, :-1]
-        velocity = self._square(error[:, 1:] - error[:, :-1])[both]
-        velocity = velocity.mean() if velocity.numel() else position.new_zeros(())
-        return self.vertex_weight * position, self.velocity_weight * velocity
+        velocity = torch.where(both, self._square(error[:, 1:] - error[:, :-1]), 0)
+        return (
+            self.vertex_weight * position.sum() / frames.clamp_min(1e-9),
+            self.velocity_weight * velocity.sum() / pairs.clamp_min(1e-9),
+        )
+
+    @staticmethod
+    def count(valid: Tensor) -> tuple[Tensor, Tensor]:
+        """valid (batch, frames) bool -> its frames and its pairs of neighbouring frames, scalars."""
+        return valid.sum().float(), (valid[:, 1:] & valid[:, :-1]).sum().float()
+
+
+def balance_loss(routings: Sequence[Routing], across: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """`jambatalk_kernels.load_balancing_loss` of tokens that several processes share: experts * sum_e f_e P_e.
+
+    across: the mean of a tensor over the processes; None: there is one. f_e, picks per token, is of all processes, and
+    so is the number of tokens in P_e; the mean over the processes of the result and of its gradient is then the loss of
+    all tokens together.
+    """
+    across = across or (lambda x: x)
+    experts = routings[0].probabilities.shape[1]
+    picks = sum(r.offsets[1:] - r.offsets[:-1] for r in routings).float()
+    probabilities = sum(r.probabilities.float().sum(0) for r in routings)
+    tokens = across(picks.new_tensor(sum(len(r.probabilities) for r in routings))).clamp_min(1e-9)
+    return experts * (across(picks) / tokens * probabilities).sum() / tokens
