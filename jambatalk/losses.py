@@ -98,8 +98,7 @@ def balance_loss(routings: Sequence[Routing], across: Callable[[Tensor], Tensor]
     all tokens together.
     """
     across = across or (lambda x: x)
-    experts = routings[0].probabilities.shape[1]
-    picks = sum(r.offsets[1:] - r.offsets[:-1] for r in routings).float()
-    probabilities = sum(r.probabilities.float().sum(0) for r in routings)
-    tokens = across(picks.new_tensor(sum(len(r.probabilities) for r in routings))).clamp_min(1e-9)
-    return experts * (across(picks) / tokens * probabilities).sum() / tokens
+    probabilities = torch.stack([routing.probability_sums for routing in routings]).sum(0)
+    picks = torch.stack([routing.offsets for routing in routings]).sum(0).diff().to(probabilities.dtype)
+    tokens = across(picks.new_tensor(sum(routing.weights.shape[0] for routing in routings))).clamp_min(1e-9)
+    return len(probabilities) * (across(picks) / tokens * probabilities).sum() / tokens
