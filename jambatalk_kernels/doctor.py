@@ -24,7 +24,7 @@ WRITTEN: dict[str, tuple[str, ...]] = {
     "selective_scan_step": ("cpu", "triton", "cuda", "reference"),
     "causal_conv1d": ("cpu", "triton", "cuda", "reference"),
     "causal_conv1d_step": ("cpu", "triton", "cuda", "reference"),
-    "moe_route": ("cpu", "triton", "reference"),
+    "moe_route": ("cpu", "triton", "cuda", "reference"),
     "load_balancing_loss": ("reference",),
     "moe_mlp": ("cpu", "triton", "reference"),
     "rope_attention": ("triton", "reference"),

@@ -240,6 +240,16 @@ void check_conv(const Call& call, const Tensor& x, const Tensor& weight, int64_t
              "expected x (batch, [length,] channels) and weight (channels, width), width 1 to 16");
 }
 
+void check_route(const Call& call, RouteCall& route, const Tensor& logits, int64_t top_k) {
+  call.check(logits.dim() == 2, "logits: expected (tokens, experts)");
+  route.tokens = logits.size(0), route.experts = logits.size(1), route.top_k = top_k;
+  call.check(route.experts <= 256 && top_k >= 1 && top_k <= std::min<int64_t>(route.experts, 16) &&
+                 route.tokens < (int64_t{1} << 31) / top_k,
+             "expected up to 256 experts, top_k of 1 to 16 and no more than experts, and tokens * top_k below 2^31");
+  route.logits = call.array("logits", logits, {route.tokens, route.experts});
+  route.device = call.device();
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> selective_scan(const Tensor& u, const Tensor& delta, const Tensor& A,
@@ -386,6 +396,56 @@ Tensor causal_conv1d_step(const Tensor& state, const Tensor& x, const Tensor& we
   conv.device = call.device();
   call.launched(launch_conv_step(conv));
   return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_route(const Tensor& logits, int64_t top_k,
+                                                                     bool renormalize) {
+  const Call call("moe_route", logits);
+  RouteForward route{};
+  check_route(call, route, logits, top_k);
+  const int64_t tokens = route.tokens, experts = route.experts;
+  route.renormalize = renormalize;
+  const ScalarType type = compute_type(logits);
+  Tensor weights = call.create(type, {tokens, top_k}), probabilities = call.create(type, {tokens, experts});
+  Tensor chosen = call.create(ScalarType::Int, {tokens, top_k}), order = call.create(ScalarType::Int, {tokens * top_k});
+  Tensor offsets = call.create(ScalarType::Int, {experts + 1}), sums = call.create(type, {experts});
+  route.weights = weights.mutable_data_ptr(), route.probabilities = probabilities.mutable_data_ptr();
+  route.chosen = static_cast<int32_t*>(chosen.mutable_data_ptr());
+  route.order = static_cast<int32_t*>(order.mutable_data_ptr());
+  route.offsets = static_cast<int32_t*>(offsets.mutable_data_ptr());
+  route.probability_sums = sums.mutable_data_ptr();
+  Tensor workspace = call.create(ScalarType::Byte, {route_forward_workspace(route)});
+  route.workspace = workspace.mutable_data_ptr();
+  call.launched(launch_route_forward(route));
+  return {weights, chosen, probabilities, order, offsets, sums};
+}
+
+Tensor moe_route_backward(const OptionalTensor& grad_weights, const OptionalTensor& grad_probabilities,
+                          const OptionalTensor& grad_probability_sums, const Tensor& logits, const Tensor& weights,
+                          const Tensor& experts, const Tensor& probabilities, bool renormalize) {
+  const Call call("moe_route_backward", logits);
+  RouteBackward route{};
+  call.check(weights.dim() == 2, "weights: expected what forward gave");
+  const int64_t top_k = weights.size(1);
+  check_route(call, route, logits, top_k);
+  const int64_t tokens = route.tokens, count = route.experts;
+  route.renormalize = renormalize;
+  const ScalarType type = compute_type(logits);
+  const auto saved = [&](const Tensor& tensor, ScalarType kind, int64_t columns) {
+    call.check(call.is_here(tensor) && tensor.scalar_type() == kind && tensor.is_contiguous() && tensor.dim() == 2 &&
+                   tensor.size(0) == tokens && tensor.size(1) == columns,
+               "weights, experts, probabilities: expected what forward gave");
+    return const_cast<void*>(tensor.const_data_ptr());
+  };
+  route.weights = saved(weights, type, top_k), route.probabilities = saved(probabilities, type, count);
+  route.chosen = static_cast<int32_t*>(saved(experts, ScalarType::Int, top_k));
+  route.grad_weights = call.array("grad_weights", grad_weights, {tokens, top_k});
+  route.grad_probabilities = call.array("grad_probabilities", grad_probabilities, {tokens, count});
+  route.grad_probability_sums = call.array("grad_probability_sums", grad_probability_sums, {count});
+  Tensor grad_logits = call.create(logits.scalar_type(), {tokens, count});
+  route.grad_logits = call.array("grad_logits", grad_logits, {tokens, count});
+  call.launched(launch_route_backward(route));
+  return grad_logits;
 }
 
 void empty_op(const Tensor&) {}

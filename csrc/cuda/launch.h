@@ -115,4 +115,31 @@ struct ConvStep {
 };
 const char* launch_conv_step(const ConvStep& call);
 
+// ---------------------------------------------------------------------------------------------------------------------
+// moe_route.cu. logits and their gradient (tokens, experts), 1 to 256 experts; top_k 1 to 16 and no more than experts;
+// tokens * top_k < 2^31. Contiguous, of the compute type: weights (tokens, top_k), probabilities (tokens, experts),
+// probability_sums (experts,); of int32: chosen (tokens, top_k), order (tokens * top_k,), offsets (experts + 1,).
+
+struct RouteCall {
+  int64_t tokens, experts, top_k;
+  bool renormalize;
+  Array logits;  // backward: its dtype only
+  void *weights, *probabilities;
+  int32_t* chosen;
+  Device device;
+};
+
+struct RouteForward : RouteCall {
+  int32_t *order, *offsets;
+  void *probability_sums, *workspace;
+};
+int64_t route_forward_workspace(const RouteForward& call);
+const char* launch_route_forward(const RouteForward& call);
+
+struct RouteBackward : RouteCall {
+  Array grad_weights, grad_probabilities, grad_probability_sums;  // each may be absent
+  Array grad_logits;                                              // contiguous
+};
+const char* launch_route_backward(const RouteBackward& call);
+
 }  // namespace jambatalk::cuda

@@ -34,6 +34,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(
 Tensor causal_conv1d_step(const Tensor& state, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                           bool silu);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_route(const Tensor& logits, int64_t top_k,
+                                                                     bool renormalize);
+
+Tensor moe_route_backward(const OptionalTensor& grad_weights, const OptionalTensor& grad_probabilities,
+                          const OptionalTensor& grad_probability_sums, const Tensor& logits, const Tensor& weights,
+                          const Tensor& experts, const Tensor& probabilities, bool renormalize);
+
 void empty_op(const Tensor& x);
 
 template <class Library>
@@ -44,6 +51,8 @@ void implement_ops(Library& m) {
   m.impl("causal_conv1d", TORCH_BOX(&causal_conv1d));
   m.impl("causal_conv1d_backward", TORCH_BOX(&causal_conv1d_backward));
   m.impl("causal_conv1d_step", TORCH_BOX(&causal_conv1d_step));
+  m.impl("moe_route", TORCH_BOX(&moe_route));
+  m.impl("moe_route_backward", TORCH_BOX(&moe_route_backward));
   m.impl("empty_op", TORCH_BOX(&empty_op));
 }
 

@@ -34,7 +34,9 @@ def moe_route(logits: Tensor, top_k: int, *, renormalize: bool = False, backend:
     Returns:
         `Routing` (see there); no capacity, no dropped tokens. Deterministic.
 
-    Cost: on the CPU about experts * (20 + top_k) operations a token, then three passes over the assignments.
+    Cost: on the CPU about experts * (20 + top_k) operations a token, then three passes over the assignments. On a GPU
+    one launch for few tokens and two for many, bound by their latency; `triton` and `cuda` take up to 256 experts and
+    top_k 16.
 
     Raises:
         TypeError, ValueError: a bad dtype, shape or range, naming the argument.
@@ -116,12 +118,14 @@ def moe_mlp(
 
 def _options(op: str, like: Tensor, experts: int, top_k: int) -> Mapping[str, Reason]:
     options = dict(candidates(op, like))
-    options["cuda"] = "no CUDA C++ kernel is written for it; Triton's runs on GPUs"
-    if options["triton"] is None or callable(options["triton"]):
-        if like.dtype == torch.float64 and op == "moe_mlp":
-            options["triton"] = "its products have no float64"
-        elif experts > 256 or top_k > 16:
-            options["triton"] = f"it has up to 256 experts and top_k 16, and this call {experts} and {top_k}"
+    if op == "moe_mlp":
+        options["cuda"] = "its products are Triton's on every GPU; CUDA C++ does the routing"
+    for backend in ("triton", "cuda"):
+        if options[backend] is None or callable(options[backend]):
+            if like.dtype == torch.float64 and op == "moe_mlp":
+                options[backend] = "its products have no float64"
+            elif experts > 256 or top_k > 16:
+                options[backend] = f"it has up to 256 experts and top_k 16, and this call {experts} and {top_k}"
     return options
 
 
@@ -249,7 +253,7 @@ if native_library()[0]:
     torch.library.register_fake("jambatalk::moe_route_backward", _fake_route_backward)
     torch.library.register_fake("jambatalk::moe_mlp", _fake_mlp)
     torch.library.register_fake("jambatalk::moe_mlp_backward", _fake_mlp_backward)
-    _ROUTE["cpu"] = torch.ops.jambatalk.moe_route.default
-    _ROUTE_BACKWARD["cpu"] = torch.ops.jambatalk.moe_route_backward.default
+    _ROUTE["cpu"] = _ROUTE["cuda"] = torch.ops.jambatalk.moe_route.default
+    _ROUTE_BACKWARD["cpu"] = _ROUTE_BACKWARD["cuda"] = torch.ops.jambatalk.moe_route_backward.default
     _MLP["cpu"] = torch.ops.jambatalk.moe_mlp.default
     _MLP_BACKWARD["cpu"] = torch.ops.jambatalk.moe_mlp_backward.default

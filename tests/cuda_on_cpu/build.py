@@ -25,7 +25,7 @@ BUILT = ROOT / "build" / "cuda_on_cpu"
 
 
 def load() -> SimpleNamespace:
-    """-> the ops (selective_scan, causal_conv1d and so on: the schemas of csrc/schemas.h) on CPU tensors, the library
+    """-> the ops (selective_scan, moe_route and so on: the schemas of csrc/schemas.h) on CPU tensors, the library
     itself, and ``order(backwards)``, which turns the order of threads and blocks around."""
     if shutil.which("g++") is None:
         pytest.skip("no g++: the CUDA kernels cannot be compiled for the host")
@@ -39,10 +39,9 @@ def _load() -> SimpleNamespace:
     path = build(*shlex.split(os.environ.get("CUDA_ON_CPU_FLAGS", "")))
     torch.ops.load_library(str(path))
     ops = torch.ops.jambatalk_cuda_on_cpu
-    names = ("selective_scan", "causal_conv1d")
-    functions = {
-        name + kind: getattr(ops, name + kind).default for name in names for kind in ("", "_backward", "_step")
-    }
+    kinds = {"selective_scan": ("", "_backward", "_step"), "causal_conv1d": ("", "_backward", "_step")}
+    kinds |= {"moe_route": ("", "_backward")}
+    functions = {name + kind: getattr(ops, name + kind).default for name in kinds for kind in kinds[name]}
     library = ctypes.CDLL(str(path))
     return SimpleNamespace(
         **functions, library=library, order=lambda backwards: library.cuda_on_cpu_order(int(backwards))

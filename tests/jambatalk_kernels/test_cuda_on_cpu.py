@@ -100,7 +100,7 @@ needs_gcc = pytest.mark.skipif(platform.system() != "Linux" or not shutil.which(
 @pytest.mark.slow
 @needs_gcc
 def test_the_kernels_are_clean_under_sanitizers():
-    files = [f"tests/jambatalk_kernels/test_{op}_cuda.py" for op in ("causal_conv1d", "selective_scan")]
+    files = [f"tests/jambatalk_kernels/test_{op}_cuda.py" for op in ("causal_conv1d", "selective_scan", "moe_route")]
     # Memory is moved alike in both short dtypes; accuracy is measured elsewhere.
     chosen = "not (accuracy_rule and (bfloat16 or float16))"
     options = ("-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", "-k", chosen)

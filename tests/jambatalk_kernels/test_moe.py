@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import linear, silu
 
 from jambatalk_kernels.backends import BackendUnavailable, native_library
-from jambatalk_kernels.moe import reference
+from jambatalk_kernels.moe import op, reference
 from jambatalk_kernels.moe.op import load_balancing_loss, moe_mlp, moe_route
 
 
@@ -14,6 +14,23 @@ def weights(experts=4, d=6, hidden=5, rows=2, dtype=torch.float64, seed=0):
     w_in = torch.randn(experts, rows * hidden, d, generator=generator, dtype=dtype)
     w_out = torch.randn(experts, d, hidden, generator=generator, dtype=dtype)
     return w_in, w_out
+
+
+def test_gpu_backends_and_their_limits(monkeypatch):
+    monkeypatch.setattr(op, "candidates", lambda *_: {"triton": None, "reference": None, "cuda": None, "cpu": "no"})
+
+    def why(name, like, experts, top_k):
+        return {backend: reason for backend, reason in op._options(name, like, experts, top_k).items() if reason}
+
+    single, double = torch.empty(0), torch.empty(0).double()
+    for like in (single, double):
+        assert why("moe_route", like, 256, 16) == {"cpu": "no"}
+        for experts, top_k in ((257, 1), (64, 17)):
+            reasons = why("moe_route", like, experts, top_k)
+            assert "256 experts and top_k 16" in reasons["triton"] and reasons["triton"] == reasons["cuda"]
+    assert why("moe_mlp", single, 256, 16).keys() == {"cuda", "cpu"}
+    assert "Triton's" in why("moe_mlp", single, 8, 2)["cuda"]
+    assert "float64" in why("moe_mlp", double, 8, 2)["triton"]
 
 
 def test_route_is_softmax_then_top_k_not_renormalised():
