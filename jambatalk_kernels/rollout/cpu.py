@@ -42,7 +42,7 @@ def rollout(
     if state is None:
         state = RolloutState.empty(program.layers, width, batch, frames=frames, dtype=inputs.dtype)
     else:
-        state = state.with_room(program.layers, frames).map(Tensor.contiguous)
+        state = state.with_room(program.layers, frames)
     last = frames if batch else 0
     if lengths is None:
         lengths = torch.full((batch,), frames)

@@ -1,7 +1,6 @@
 """The public rollout function: checks and backend choice. The definition is in `reference.py`."""
 
 from collections.abc import Mapping
-from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -73,7 +72,8 @@ def _options(program: Program, inputs: Tensor, state: RolloutState | None) -> Ma
     if options["cpu"] is None:
         options["cpu"] = _why_not_native(program, inputs, state)
     if options["triton"] is None or callable(options["triton"]):
-        options["triton"] = _why_not_triton(program, inputs, state) or options["triton"]
+        other = options["triton"]
+        options["triton"] = lambda: _why_not_triton(program, inputs, state) or (other() if callable(other) else other)
     return options
 
 
@@ -103,13 +103,16 @@ def _too_many_taps(program: Program) -> str | None:
 
 
 def _other_dtype(inputs: Tensor, state: RolloutState | None) -> str | None:
-    for mixer in [] if state is None else [*state.mixers, state]:
-        for field in fields(mixer):
-            tensor = getattr(mixer, field.name)
-            scan = isinstance(mixer, MambaState) and field.name == "scan"
-            expected = torch.promote_types(inputs.dtype, torch.float32) if scan else inputs.dtype
-            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != expected:
-                return f"the state holds {tensor.dtype} and the inputs are {inputs.dtype}"
+    if state is None:
+        return None
+    dtype, wide = inputs.dtype, torch.promote_types(inputs.dtype, torch.float32)
+    pairs = [(state.feedback, dtype)]
+    for mixer in state.mixers:
+        mamba = isinstance(mixer, MambaState)
+        pairs += [(mixer.conv, dtype), (mixer.scan, wide)] if mamba else [(mixer.k, dtype), (mixer.v, dtype)]
+    for tensor, expected in pairs:
+        if tensor.dtype != expected:
+            return f"the state holds {tensor.dtype} and the inputs are {inputs.dtype}"
     return None
 
 

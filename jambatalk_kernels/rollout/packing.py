@@ -39,7 +39,8 @@ class _Kept:
 
     def __init__(self, program: Program) -> None:
         self.tensors = tensors_of(program)
-        self.versions: list[tuple[int, int]] = []
+        self.counted = [tensor for tensor in self.tensors if not tensor.is_inference()]  # the others have no version
+        self.versions: list[int] = []
         self.packed: dict[torch.dtype, Packed] = {}
 
 
@@ -51,7 +52,7 @@ def pack(program: Program, weights_dtype: torch.dtype | None) -> Packed:
     kept = _kept.get(program)
     if kept is None:
         kept = _kept[program] = _Kept(program)
-    versions = [(t.data_ptr(), -1 if t.is_inference() else t._version) for t in kept.tensors]
+    versions = [tensor._version for tensor in kept.counted] + [tensor.data_ptr() for tensor in kept.tensors]
     if kept.versions != versions:
         kept.versions, kept.packed = versions, {}
     dtype = weights_dtype or program.final_norm.dtype

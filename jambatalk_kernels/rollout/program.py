@@ -4,8 +4,10 @@ A program is a list of layer records. Each layer is  x += mixer(norm(x));  x += 
 attention mixer and a dense or a mixture-of-experts MLP. Matrices are stored as torch.nn.Linear stores them: (out, in).
 """
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -123,6 +125,18 @@ class MambaState:
     scan: Tensor  # (batch, inner, states), float32 or better
 
 
+def _parts(mixer: MambaState | KVCache) -> tuple[Tensor, ...]:
+    return (mixer.conv, mixer.scan) if isinstance(mixer, MambaState) else (mixer.k, mixer.v, mixer.position)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+AXES = {"conv": 3, "scan": 3, "k": 4, "v": 4, "feedback": 2, "position": 1}  # of a state's tensors, the batch first
+KIND = "jambatalk rollout state 1"  # in the header of its file
+
+
 @dataclass
 class RolloutState:
     """Everything that the decoder must remember for the next frame, per sequence (the first axis of every tensor)."""
@@ -171,13 +185,12 @@ class RolloutState:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "RolloutState":
         """A state with `function` applied to every tensor."""
-        mixers = [
-            type(mixer)(*(function(getattr(mixer, field.name)) for field in fields(mixer))) for mixer in self.mixers
-        ]
+        mixers = [type(mixer)(*map(function, _parts(mixer))) for mixer in self.mixers]
         return RolloutState(mixers, function(self.feedback), function(self.position))
 
     def clone(self) -> "RolloutState":
-        return self.map(torch.clone)
+        """A copy, contiguous."""
+        return self.map(_copy)
 
     def select(self, rows: Tensor) -> "RolloutState":
         """A copy with only these sequences."""
@@ -189,16 +202,96 @@ class RolloutState:
             mine.index_copy_(0, rows, theirs)
 
     def tensors(self) -> list[Tensor]:
-        mixers = [getattr(mixer, field.name) for mixer in self.mixers for field in fields(mixer)]
-        return [*mixers, self.feedback, self.position]
+        return [*(tensor for mixer in self.mixers for tensor in _parts(mixer)), self.feedback, self.position]
 
     def with_room(self, layers: Sequence[Layer], frames: int) -> "RolloutState":
-        """A copy whose attention caches have room for `frames` more frames."""
-        state = self.clone()
-        for index, layer in enumerate(layers):
-            if isinstance(layer.mixer, AttentionMixer) and layer.mixer.window is None and self.batch:
-                cache = state.mixers[index]
-                needed = int(cache.position.max()) + frames
-                if needed > cache.capacity:
-                    state.mixers[index] = cache.grown(needed)
+        """A contiguous copy whose attention caches have room for `frames` more frames. A cache that must grow grows by
+        half, so that a stream of short calls does not meet a full one each time."""
+        mixers: list[MambaState | KVCache] = []
+        for index, (layer, mixer) in enumerate(zip(layers, self.mixers, strict=True)):
+            if isinstance(mixer, KVCache) and layer.mixer.window is None and self.batch:
+                seen = int(mixer.position.max())
+                if seen > mixer.capacity:
+                    raise ValueError(
+                        f"state.mixers[{index}] has room for {mixer.capacity} of its {seen} positions: it comes from "
+                        "attention with a window, and this program has none"
+                    )
+                if seen + frames > mixer.capacity:
+                    mixers.append(mixer.grown(max(seen + frames, mixer.capacity * 3 // 2)))
+                    continue
+            mixers.append(type(mixer)(*map(_copy, _parts(mixer))))
+        return RolloutState(mixers, _copy(self.feedback), _copy(self.position))
+
+    # ---- files ----
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name: "mixers.0.conv" and so on, "feedback", "position"."""
+        named = {"feedback": self.feedback, "position": self.position}
+        for index, mixer in enumerate(self.mixers):
+            named |= {f"mixers.{index}.{field.name}": getattr(mixer, field.name) for field in fields(mixer)}
+        return named
+
+    @staticmethod
+    def from_tensors(tensors: Mapping[str, Tensor]) -> "RolloutState":
+        """What `to_tensors` gave, as a state again. Raises ValueError, one line, for tensors that are no state; whether
+        it fits a program is `rollout`'s to check."""
+        left, mixers = dict(tensors), []
+        batch = left["position"].shape[0] if "position" in left and left["position"].dim() == 1 else None
+
+        def take(name: str) -> Tensor:
+            if name not in left:
+                raise ValueError(f"not the state of a rollout: {name} is missing")
+            tensor, kind = left.pop(name), name.rsplit(".", 1)[-1]
+            if tensor.dim() != AXES[kind] or tensor.shape[0] != batch:
+                raise ValueError(
+                    f"not the state of a rollout: {name} must have {AXES[kind]} axes and the batch ({batch}) first, "
+                    f"got shape {tuple(tensor.shape)}"
+                )
+            counts = kind == "position"
+            if tensor.dtype != torch.int64 if counts else not tensor.is_floating_point():
+                raise ValueError(f"not the state of a rollout: {name} must not be {tensor.dtype}")
+            if counts and batch and int(tensor.min()) < 0:
+                raise ValueError(f"not the state of a rollout: {name} is negative")
+            return tensor
+
+        while any(name.startswith(f"mixers.{len(mixers)}.") for name in left):
+            prefix = f"mixers.{len(mixers)}."
+            kind = MambaState if f"{prefix}conv" in left else KVCache
+            mixers.append(kind(*(take(prefix + field.name) for field in fields(kind))))
+        state = RolloutState(mixers, take("feedback"), take("position"))
+        if left:
+            raise ValueError(f"not the state of a rollout: it has no place for {min(left)}")
         return state
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a safetensors file, by an atomic rename. A rollout goes on from it anywhere: with the same bytes on the
+        same backend and instruction set, to rounding on others."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            named = {name: tensor.detach().cpu() for name, tensor in self.to_tensors().items()}
+            save_file({name: _copy(tensor) for name, tensor in named.items()}, partial, metadata={"kind": KIND})
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @staticmethod
+    def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> "RolloutState":
+        """Read what `save` wrote. Raises ValueError, one line that names the file, where that is something else, and
+        OSError where it cannot be read."""
+        from safetensors import SafetensorError, safe_open
+
+        with open(path, "rb"):  # what the system says of a file that cannot be read is clearer
+            pass
+        try:
+            with safe_open(path, "pt") as file:
+                if (file.metadata() or {}).get("kind") != KIND:
+                    raise ValueError("not the state of a rollout")
+                state = RolloutState.from_tensors({name: file.get_tensor(name) for name in file.keys()})
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a whole safetensors file: {str(error).splitlines()[0]}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        return state.map(lambda tensor: tensor.to(device))

@@ -1,10 +1,26 @@
 """The autoregressive loop: what it computes, state in and out, sequences of different length, errors."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from jambatalk_kernels import native_library
 from jambatalk_kernels.rollout.op import rollout
-from jambatalk_kernels.rollout.program import AttentionMixer, DenseMLP, Layer, MambaMixer, MoEMLP, Program, RolloutState
+from jambatalk_kernels.rollout.program import (
+    KIND,
+    AttentionMixer,
+    DenseMLP,
+    Layer,
+    MambaMixer,
+    MoEMLP,
+    Program,
+    RolloutState,
+)
 
 WIDTH, INNER, STATES, RANK = 8, 16, 4, 2
 
@@ -124,6 +140,117 @@ def test_memory_of_the_state_does_not_grow_with_a_window():
     _, short = rollout(program, inputs[:, :3])
     _, long = rollout(program, inputs)
     assert [t.shape for t in short.tensors()] == [t.shape for t in long.tensors()]
+
+
+# ---- the state as a file ----
+
+GO_ON = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from jambatalk_kernels import rollout
+from jambatalk_kernels.rollout.program import RolloutState
+from test_rollout import make_program
+
+inputs, folder = load_file(sys.argv[1] + "/inputs.safetensors")["inputs"], sys.argv[1]
+hidden, state = rollout(make_program(), inputs, RolloutState.load(folder + "/state"), backend=sys.argv[2])
+save_file({"hidden": hidden} | state.to_tensors(), folder + "/end.safetensors")
+"""
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_rollout_goes_on_in_another_process_with_the_same_bytes(tmp_path, backend):
+    if backend == "cpu" and not native_library()[0]:
+        pytest.skip(native_library()[1])
+    program, inputs = make_program(), make_inputs()
+    whole, end = rollout(program, inputs, backend=backend)
+    _, state = rollout(program, inputs[:, :5], backend=backend)
+    state.save(tmp_path / "state")
+    save_file({"inputs": inputs[:, 5:].contiguous()}, tmp_path / "inputs.safetensors")
+    command = [sys.executable, "-c", GO_ON, str(tmp_path), backend]
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    there = load_file(tmp_path / "end.safetensors")
+    assert torch.equal(there.pop("hidden"), whole[:, 5:])
+    here = end.to_tensors()
+    assert there.keys() == here.keys() and all(torch.equal(there[name], here[name]) for name in here)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["end.safetensors", "inputs.safetensors", "state"]
+
+
+def test_a_state_that_shares_memory_can_be_saved(tmp_path):
+    state = rollout(make_program(), make_inputs())[1]
+    first = state.map(lambda tensor: tensor[:1])  # views, not all of them contiguous
+    first.mixers[0].scan = state.mixers[0].scan.mT.contiguous().mT[:1]
+    first.save(tmp_path / "state")
+    loaded = RolloutState.load(tmp_path / "state")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.tensors(), first.tensors(), strict=True))
+
+
+def _without(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def _changed(name, change):
+    return lambda tensors: tensors.update({name: change(tensors[name]).contiguous()})
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        (_without("position"), "position is missing|batch"),
+        (_without("feedback"), "feedback is missing"),
+        (_without("mixers.0.scan"), r"mixers\.0\.scan is missing"),
+        (_without("mixers.1.v"), r"mixers\.1\.v is missing"),
+        (lambda t: [t.pop("mixers.0.conv"), t.pop("mixers.0.scan")], r"no place for mixers\.1\.k"),
+        (lambda t: t.update(surplus=torch.zeros(1)), "no place for surplus"),
+        (_changed("feedback", lambda x: x[:1]), r"feedback must have 2 axes and the batch \(2\) first, got .*1, 8"),
+        (_changed("mixers.0.scan", lambda x: x[0]), r"mixers\.0\.scan must have 3 axes"),
+        (_changed("position", lambda x: x.double()), "position must not be torch.float64"),
+        (_changed("mixers.1.position", lambda x: x - 10), r"mixers\.1\.position is negative"),
+        (_changed("mixers.1.k", lambda x: x.long()), r"mixers\.1\.k must not be torch.int64"),
+    ],
+)
+def test_a_file_that_is_no_state_is_refused_in_one_line(tmp_path, change, text):
+    path = tmp_path / "state"
+    rollout(make_program(), make_inputs())[1].save(path)
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"kind": KIND})
+    with pytest.raises(ValueError, match=text) as caught:
+        RolloutState.load(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_other_files_are_refused_in_one_line(tmp_path):
+    path = tmp_path / "state"
+    with pytest.raises(FileNotFoundError):
+        RolloutState.load(path)
+    rollout(make_program(), make_inputs())[1].save(path)
+    whole = path.read_bytes()
+    for content in (b"", b"PK\x03\x04", whole[:-1], whole[: len(whole) // 2], b"\xff" * 64):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="not a whole safetensors file") as caught:
+            RolloutState.load(path)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    save_file({"weight": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="not the state of a rollout"):
+        RolloutState.load(path)
+
+
+def test_a_state_of_attention_with_a_window_is_not_continued_without():
+    state = rollout(make_program(window=3), make_inputs())[1]
+    with pytest.raises(ValueError, match=r"state\.mixers\[1\] has room for 3 of its 9 positions"):
+        rollout(make_program(window=None), make_inputs(), state)
+
+
+def test_a_cache_that_grows_by_frames_is_not_enlarged_for_each():
+    program, inputs = make_program(window=None), make_inputs(frames=64)
+    state, capacities = None, set()
+    for frame in range(64):
+        _, state = rollout(program, inputs[:, frame : frame + 1], state)
+        capacities.add(state.mixers[1].capacity)
+    assert len(capacities) <= 12 and max(capacities) <= 96
 
 
 def test_no_frames_and_no_sequences():
