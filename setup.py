@@ -40,6 +40,7 @@ SOURCES = [
     "csrc/cpu/selective_scan.cpp",
     "csrc/cpu/causal_conv1d.cpp",
     "csrc/cpu/moe.cpp",
+    "csrc/cpu/attention.cpp",
     "csrc/cpu/rollout.cpp",
     "csrc/cpu/tensors.cpp",
     "csrc/cpu/isa.cpp",

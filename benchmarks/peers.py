@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 
@@ -152,3 +153,74 @@ def _vllm_experts(x: Tensor, weights: Tensor, chosen: Tensor, w_in: Tensor, w_ou
     from vllm.model_executor.layers.fused_moe import fused_experts
 
     return fused_experts(x, w_in, w_out, weights, chosen)
+
+
+def attention(device: str, gradients: bool) -> tuple[dict[str, Callable], dict[str, str]]:
+    """Causal attention by peer, called with q, k, v (batch, length, heads or kv_heads, head_dim) and the rotary tables
+    cos, sin (length, head_dim / 2). All but flashinfer rotate in calls of their own, as their users do.
+    """
+    calls: dict[str, Callable] = {"sdpa": sdpa_attention}
+    absent = {}
+    for name, package in (
+        ("flex_attention", "torch.nn.attention.flex_attention"),
+        ("flash_attn",) * 2,
+        ("flashinfer",) * 2,
+    ):
+        reason = why_absent(package)
+        if reason is None and device == "cpu":
+            reason = "needs a compiler at run time, and has no backward on a CPU" if name[:4] == "flex" else "CUDA only"
+        if reason is None and name == "flashinfer" and gradients:
+            reason = "has no backward"
+        if reason:
+            absent[name] = reason
+        else:
+            calls[name] = globals()[f"_{name}_attention"]
+    return calls, absent
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Half-split pairs, composed as transformers does."""
+    a, b = x.chunk(2, -1)
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    q, k = rotated(q, cos, sin), rotated(k, cos, sin)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+@functools.cache
+def _flex_parts(length: int, device: str) -> tuple:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=device)
+    return torch.compile(flex_attention), mask
+
+
+def _flex_attention_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    attend, mask = _flex_parts(q.shape[1], str(q.device))
+    q, k = rotated(q, cos, sin), rotated(k, cos, sin)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return attend(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
+
+
+def _flash_attn_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    from flash_attn import flash_attn_func
+    from flash_attn.layers.rotary import apply_rotary_emb
+
+    cos, sin = cos.to(q.dtype), sin.to(q.dtype)
+    return flash_attn_func(apply_rotary_emb(q, cos, sin), apply_rotary_emb(k, cos, sin), v, causal=True)
+
+
+def _flashinfer_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """It makes its own angles, from position and base: the same work."""
+    from flashinfer import single_prefill_with_kv_cache
+
+    return torch.stack(
+        [
+            single_prefill_with_kv_cache(*each, causal=True, pos_encoding_mode="ROPE_LLAMA")
+            for each in zip(q, k, v, strict=True)
+        ]
+    )

@@ -38,6 +38,10 @@ STABLE_TORCH_LIBRARY_IMPL(jambatalk, CPU, m) {
   m.impl("moe_route_backward", TORCH_BOX(&jambatalk::moe_route_backward));
   m.impl("moe_mlp", TORCH_BOX(&jambatalk::moe_mlp));
   m.impl("moe_mlp_backward", TORCH_BOX(&jambatalk::moe_mlp_backward));
+  m.impl("rope_attention", TORCH_BOX(&jambatalk::rope_attention));
+  m.impl("rope_attention_backward", TORCH_BOX(&jambatalk::rope_attention_backward));
+  m.impl("rope_attention_append", TORCH_BOX(&jambatalk::rope_attention_append));
+  m.impl("rope_attention_step", TORCH_BOX(&jambatalk::rope_attention_step));
   m.impl("rollout", TORCH_BOX(&jambatalk::rollout));
   m.impl("empty_op", TORCH_BOX(&jambatalk::empty_op));
 }

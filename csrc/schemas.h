@@ -42,6 +42,21 @@ void define_ops(Library& m) {
       "Tensor w_in, Tensor w_out, Tensor preactivation, str activation) "
       "-> (Tensor dx, Tensor dweights, Tensor dw_in, Tensor dw_out)");
   m.def(
+      "rope_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, bool causal, int? window, float scale, "
+      "bool interleaved, Tensor? cu_seqlens, Tensor? cache_k, Tensor? cache_v, Tensor? position, bool save) "
+      "-> (Tensor y, Tensor logsumexp)");
+  m.def(
+      "rope_attention_backward(Tensor grad_y, Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor y, "
+      "Tensor logsumexp, bool causal, int? window, float scale, bool interleaved, Tensor? cu_seqlens, "
+      "Tensor? cache_k, Tensor? cache_v, Tensor? position) "
+      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dcos, Tensor dsin)");
+  m.def(
+      "rope_attention_append(Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) cache_k, Tensor(b!) cache_v, "
+      "Tensor position, bool interleaved) -> ()");
+  m.def(
+      "rope_attention_step(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) cache_k, "
+      "Tensor(b!) cache_v, Tensor position, int? window, float scale, bool interleaved) -> Tensor");
+  m.def(
       "rollout(Tensor plan, Tensor storage, Tensor inputs, Tensor lengths, Tensor(a!) hidden, Tensor(b!)[] state, "
       "int begin, int end, float eps, int group, int workers) -> ()");
   m.def("empty_op(Tensor x) -> ()");

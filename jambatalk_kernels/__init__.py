@@ -4,6 +4,7 @@ autoregressive loop: forward and backward, on CPU and GPU."""
 # torch first: the native library links against it.
 import torch  # noqa: F401
 
+from jambatalk_kernels.attention.conversion import mean_pool_heads
 from jambatalk_kernels.attention.op import KVCache, rope_attention, rope_attention_step, rotary_table
 from jambatalk_kernels.backends import BackendUnavailable, native_library, use_backend
 from jambatalk_kernels.causal_conv1d.op import causal_conv1d, causal_conv1d_step
@@ -18,6 +19,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_step",
     "load_balancing_loss",
+    "mean_pool_heads",
     "moe_mlp",
     "moe_route",
     "native_library",

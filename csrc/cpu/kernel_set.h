@@ -1,6 +1,7 @@
 // The table of one instruction set's kernels. The including file defines JT_ISA (a namespace) and JT_WIDTH (bytes).
 #pragma once
 
+#include "cpu/attention_kernel.h"
 #include "cpu/causal_conv1d_kernel.h"
 #include "cpu/moe_kernel.h"
 #include "cpu/rollout_kernel.h"
@@ -48,6 +49,13 @@ constexpr KernelSet kernel_set() {
           &expert_activate_backward<Lanes<T>>,
           &combine_slots<Lanes<T>>,
           &expert_matvec<Lanes<T>>,
+          &attention_append<Lanes<T>>,
+          &attention_pack<Lanes<T>>,
+          &attention_forward<Lanes<T>>,
+          &attention_backward<Lanes<T>>,
+          &attention_finish<Lanes<T>>,
+          &attention_step<Lanes<T>>,
+          &attention_step_combine<Lanes<T>>,
           &rollout<Lanes<T>>};
 }
 

@@ -119,10 +119,10 @@ struct RouteCall {
   void* weights;        // T (tokens, top_k)
   int32_t* chosen;      // (tokens, top_k)
   // backward; absent gradients are zero
-  Array grad_weights;        // (tokens, top_k) of the compute type
-  Array grad_probabilities;  // (tokens, experts)
+  Array grad_weights;           // (tokens, top_k) of the compute type
+  Array grad_probabilities;     // (tokens, experts)
   Array grad_probability_sums;  // (experts,)
-  Array grad_logits;         // (tokens, experts)
+  Array grad_logits;            // (tokens, experts)
 };
 
 // The activation between the two products of the experts; tasks are rows. Everything contiguous, of `dtype`.
@@ -166,6 +166,71 @@ struct MatvecCall {
   const void* x;  // T (rows, inner)
   void* out;      // T (rows, outputs)
 };
+
+// A (batch, position, head, feature) tensor, by strides in elements. Absent when data is null.
+struct HeadArray {
+  void* data = nullptr;
+  Dtype dtype = Dtype::kFloat32;
+  int64_t stride[4] = {0, 0, 0, 0};
+};
+
+// Attention's tiles: rows are (position, query head of a group), columns are keys. Keys of one batch entry are counted
+// from the oldest that is cached; features are padded to kFeaturePadding.
+constexpr int64_t kTileRows = 64, kTileKeys = 64, kFeaturePadding = 16;
+constexpr int64_t kStepHeads = 4;  // query heads of a step that read a key while it is in the first cache
+
+// Consecutive tiles of rows of one batch entry, and the panels (kTileKeys keys) that they see.
+struct AttentionChunk {
+  int64_t first_tile = 0, end_tile = 0;
+  int64_t first_panel = 0, end_panel = 0;
+  int64_t offset = 0;  // of the first panel in the partial sums
+};
+
+// T* below is of the compute type. `size` is head_dim, `pitch` is that padded.
+struct AttentionCall {
+  int64_t batch, groups;  // tasks: batch * groups
+  int64_t entries, length, heads, kv_heads, group, size, pitch;
+  int64_t tiles, panels;  // of one batch entry and key-value head
+  bool causal, interleaved;
+  int64_t window;  // 0: none
+  double scale;
+  const int64_t *starts, *stops;   // (length,): the bounds of each position's sequence; null: one sequence
+  const int64_t *past, *position;  // (entries,): cached keys that are seen, and positions so far; null: no cache
+  HeadArray q, k, v, cos, sin;     // cos and sin with the head axis of k
+  HeadArray cache_k, cache_v;      // (entries, capacity, kv_heads, size)
+  int64_t capacity;
+  // Packed keys and values: T (entries, kv_heads, panels, ...). Turned: [pitch][kTileKeys]; in rows:
+  // [kTileKeys][pitch].
+  void *turned_keys, *key_rows, *turned_values, *value_rows;
+  // forward
+  HeadArray y;
+  void* logsumexp;  // T (entries, heads, length), or null
+  // backward
+  HeadArray grad_y;
+  const AttentionChunk* chunks;  // (entries, chunk_count)
+  int64_t chunk_count;
+  int64_t partial_panels;               // of all chunks of a batch entry at most
+  void *partial_keys, *partial_values;  // T (entries, kv_heads, partial_panels, kTileKeys, pitch)
+  void* rotated_grad;                   // T (entries, length, heads, size): dq before it is turned back
+  HeadArray dq, dk, dv, dcos, dsin;
+  bool tables_by_entry, tables_by_head;  // otherwise one row of cos and sin serves all
+  // step: one position (length 1), the new key already cached
+  int64_t parts, splits;  // tasks of one key-value head: some of its query heads, a stretch of the cache
+  void* partial;          // T (entries, kv_heads, parts, splits, kStepHeads, pitch + 2): sums, total, maximum
+};
+
+// Keys [low, high) that the queries at a position see. Both ends grow with the position.
+struct Visible {
+  int64_t low, high;
+};
+static inline Visible visible_keys(const AttentionCall& call, int64_t entry, int64_t position) {
+  const int64_t past = call.past != nullptr ? call.past[entry] : 0, index = past + position;
+  Visible seen{0, past + call.length};
+  if (call.starts != nullptr) seen = {call.starts[position], call.stops[position]};
+  if (call.causal && index + 1 < seen.high) seen.high = index + 1;
+  if (call.window > 0 && index - call.window + 1 > seen.low) seen.low = index - call.window + 1;
+  return seen;
+}
 
 // The rollout. A matrix (out, in) is packed for products with vectors: panels of kPanel outputs, as
 // [out / kPanel][in][kPanel], in bfloat16 [out / kPanel][in / 2][kPanel][2]; `in` is padded to kInputPadding; whatever
@@ -254,6 +319,13 @@ struct KernelSet {
   void (*expert_activate_backward)(const ActivateCall&, int64_t begin, int64_t end);
   void (*combine_slots)(const CombineCall&, int64_t begin, int64_t end);
   void (*expert_matvec)(const MatvecCall&, int64_t begin, int64_t end);
+  void (*attention_append)(const AttentionCall&, int64_t begin, int64_t end);
+  void (*attention_pack)(const AttentionCall&, int64_t begin, int64_t end);
+  void (*attention_forward)(const AttentionCall&, int64_t begin, int64_t end);
+  void (*attention_backward)(const AttentionCall&, int64_t begin, int64_t end);
+  void (*attention_finish)(const AttentionCall&, int64_t begin, int64_t end);
+  void (*attention_step)(const AttentionCall&, int64_t begin, int64_t end);
+  void (*attention_step_combine)(const AttentionCall&, int64_t begin, int64_t end);
   void (*rollout)(const RolloutCall&, RolloutMachine&);  // one thread on one machine
 };
 

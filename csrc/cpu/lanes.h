@@ -321,6 +321,20 @@ JT_INLINE void store_as(M* to, typename L::V value) {
   }
 }
 
+// One vector of a contiguous row; `valid` of its lanes exist, the others are zero and are not stored.
+template <class L, class M>
+JT_INLINE typename L::V load_some(const M* from, int64_t valid) {
+  if (valid >= L::W) return load_as<L>(from);
+  typename L::V value = {};
+  for (int k = 0; k < valid; ++k) value[k] = typename L::T(widen(from[k]));
+  return value;
+}
+template <class L, class M>
+JT_INLINE void store_some(M* to, typename L::V value, int64_t valid) {
+  if (valid >= L::W) return store_as<L>(to, value);
+  for (int k = 0; k < valid; ++k) to[k] = Narrow<M>::from(value[k]);
+}
+
 // Calls f with a null pointer of the array's memory type: one branch a block, not one an element.
 template <class F>
 JT_INLINE void with_memory_type(Dtype dtype, F f) {

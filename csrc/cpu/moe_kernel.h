@@ -129,20 +129,6 @@ JT_INLINE typename L::V activate(typename L::V first, typename L::V second) {
   return L::max(L::splat(0), first);
 }
 
-// One vector of a contiguous row; `valid` of its lanes exist, the others are zero and are not stored.
-template <class L, class M>
-JT_INLINE typename L::V load_some(const M* from, int64_t valid) {
-  if (valid >= L::W) return load_as<L>(from);
-  typename L::V value = {};
-  for (int k = 0; k < valid; ++k) value[k] = typename L::T(widen(from[k]));
-  return value;
-}
-template <class L, class M>
-JT_INLINE void store_some(M* to, typename L::V value, int64_t valid) {
-  if (valid >= L::W) return store_as<L>(to, value);
-  for (int k = 0; k < valid; ++k) to[k] = Narrow<M>::from(value[k]);
-}
-
 // activated[r, :] = act(preactivation[r, :])
 template <class L>
 void expert_activate(const ActivateCall& call, int64_t begin, int64_t end) {

@@ -58,6 +58,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(const Tensor& grad_y
                                                             const Tensor& w_in, const Tensor& w_out,
                                                             const Tensor& preactivation, const std::string& activation);
 
+// cache_k, cache_v and position: all or none; not changed here.
+std::tuple<Tensor, Tensor> rope_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos,
+                                          const Tensor& sin, bool causal, std::optional<int64_t> window, double scale,
+                                          bool interleaved, const OptionalTensor& cu_seqlens,
+                                          const OptionalTensor& cache_k, const OptionalTensor& cache_v,
+                                          const OptionalTensor& position, bool save);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rope_attention_backward(
+    const Tensor& grad_y, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,
+    const Tensor& y, const Tensor& logsumexp, bool causal, std::optional<int64_t> window, double scale,
+    bool interleaved, const OptionalTensor& cu_seqlens, const OptionalTensor& cache_k, const OptionalTensor& cache_v,
+    const OptionalTensor& position);
+
+// Neither this nor a step changes the positions.
+void rope_attention_append(const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,
+                           const Tensor& cache_k, const Tensor& cache_v, const Tensor& position, bool interleaved);
+
+Tensor rope_attention_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,
+                           const Tensor& cache_k, const Tensor& cache_v, const Tensor& position,
+                           std::optional<int64_t> window, double scale, bool interleaved);
+
 // Frames [begin, end) of every sequence that is that long: writes hidden and advances the state in place. plan and
 // storage: a program as packing.py makes it. group: sequences that run together; workers: threads that share the
 // products of a group; with 1, groups are shared out among the threads.

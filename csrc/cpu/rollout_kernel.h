@@ -15,6 +15,7 @@
 // exponential per scan state and attention's keys and values.
 #pragma once
 
+#include "cpu/attention_kernel.h"
 #include "cpu/moe_kernel.h"
 
 namespace jambatalk {
@@ -147,27 +148,6 @@ void rms_norm(const typename L::T* x, const void* weight, int64_t size, double e
   const T factor = T(1) / (sizeof(T) == 4 ? T(__builtin_sqrtf(float(mean))) : T(__builtin_sqrt(double(mean))));
   for (i = 0; i + L::W <= size; i += L::W) L::store(to + i, L::load(x + i) * L::splat(factor) * L::load(scale + i));
   for (; i < size; ++i) to[i] = x[i] * factor * scale[i];
-}
-
-// All lanes: the largest lane; NaN may be lost.
-template <class L, int S = L::W / 2>
-JT_INLINE typename L::V highest_lane(typename L::V x) {
-  typename L::V low, high;
-  exchange<L, S>(x, x, low, high);
-  x = L::max(low, high);
-  if constexpr (S > 1) {
-    return highest_lane<L, S / 2>(x);
-  } else {
-    return x;
-  }
-}
-
-// exp(x) for x <= 0, down to zero: where exp saturates nothing is left.
-template <class L>
-JT_INLINE typename L::V exp_or_zero(typename L::V x) {
-  using K = MathConstants<typename L::T>;
-  // A NaN is not below the bound.
-  return L::select_greater(L::splat(K::kLow * K::kLn2), x, typename L::V{}, exp<L>(x));
 }
 
 template <class L>
@@ -453,96 +433,39 @@ class Rollout {
     ++seen;
   }
 
-  // Some heads of one sequence: W keys at a time, softmax on the way. Vectors: of a head, or 0 where that is no whole
-  // number of them.
-  template <int Vectors>
-  void attend(const RolloutLayer& layer, int64_t s, int64_t head, int64_t heads) {
-    const int64_t size = layer.head_dim, vectors = Vectors > 0 ? Vectors : (size + L::W - 1) / L::W;
-    const auto load = [&](const T* from, int64_t v) {
-      if constexpr (Vectors > 0) return L::load(from + v * L::W);
-      return load_some<L>(from + v * L::W, size - v * L::W);
-    };
+  // Some heads of one sequence.
+  void attend_some(const RolloutLayer& layer, int64_t s, int64_t head) {
+    constexpr int64_t kBlock = kKeyVectors * L::W;
+    const int64_t size = layer.head_dim, heads = smaller(kHeads, layer.heads - head);
     const int64_t seen = layer.position[row(s)], step = layer.kv_heads * size, group = layer.heads / layer.kv_heads;
     int64_t visible = smaller(seen, layer.capacity);
     if (layer.window > 0) visible = smaller(visible, layer.window);
     const int64_t sums_pitch = (size + kHeadPadding - 1) / kHeadPadding * kHeadPadding;
-    const T nothing = -__builtin_huge_val();
-    V top[kHeads], total[kHeads];
+    OnlineSoftmax<L> softmax[kHeads];
     for (int64_t h = 0; h < heads; ++h) {
-      top[h] = L::splat(nothing), total[h] = V{};
-      for (int64_t v = 0; v < vectors; ++v) L::store(at(s, call_.sums) + (head + h) * sums_pitch + v * L::W, V{});
+      softmax[h] = {kNoScore<T>, V{}};
+      T* sums = at(s, call_.sums) + (head + h) * sums_pitch;
+      for (int64_t f = 0; f < sums_pitch; ++f) sums[f] = 0;
     }
-    int64_t slot = (seen - visible) % layer.capacity, place[L::W];
-    for (int64_t j = 0; j < visible; j += L::W) {
-      const int64_t count = smaller(L::W, visible - j);
-      for (int64_t i = 0; i < count; ++i) {
-        place[i] = (row(s) * layer.capacity + slot) * step;
-        slot = slot + 1 < layer.capacity ? slot + 1 : 0;
-      }
-      for (int64_t h = 0; h < heads; ++h) {
-        const int64_t shift = (head + h) / group * size;
-        const T *keys = (const T*)layer.keys + shift, *values = (const T*)layer.values + shift;
-        const T* q = at(s, call_.first) + (head + h) * size;
-        V query[Vectors > 0 ? Vectors : 1], rows[L::W];
-        for (int v = 0; v < Vectors; ++v) query[v] = load(q, v);
-        for (int64_t i = 0; i < count; ++i) {
-          V sum = {};
-#pragma GCC unroll 8
-          for (int64_t v = 0; v < vectors; ++v) {
-            sum += (Vectors > 0 ? query[Vectors > 0 ? v : 0] : load(q, v)) * load(keys + place[i], v);
-          }
-          rows[i] = sum;
+    for (int64_t j = 0; j < visible;) {
+      const int64_t slot = (seen - visible + j) % layer.capacity;
+      const int64_t count = smaller(smaller(kBlock, visible - j), layer.capacity - slot);
+      const int64_t place = (row(s) * layer.capacity + slot) * step;
+      with_vectors<L>(size, [&]<int Vectors>() {
+        for (int64_t h = 0; h < heads; ++h) {
+          const int64_t shift = place + (head + h) / group * size;
+          attend_keys<L, Vectors>(at(s, call_.first) + (head + h) * size, (const T*)layer.keys + shift, step,
+                                  (const T*)layer.values + shift, step, count, size, softmax[h],
+                                  at(s, call_.sums) + (head + h) * sums_pitch);
         }
-        for (int64_t i = count; i < L::W; ++i) rows[i] = V{};
-        V scores = sum_lanes<L>(rows);
-        for (int64_t i = count; i < L::W; ++i) scores[i] = nothing;
-        const V higher = L::max(top[h], highest_lane<L>(scores));
-        const V fade = exp_or_zero<L>(top[h] - higher), weights = exp_or_zero<L>(scores - higher);
-        top[h] = higher;
-        total[h] = total[h] * fade + weights;
-        T weight[L::W];
-        L::store(weight, weights);
-        T* sums = at(s, call_.sums) + (head + h) * sums_pitch;
-        if constexpr (Vectors > 0) {
-          V sum[Vectors];
-          for (int v = 0; v < Vectors; ++v) sum[v] = L::load(sums + v * L::W) * fade;
-          for (int64_t i = 0; i < count; ++i) {
-#pragma GCC unroll 8
-            for (int v = 0; v < Vectors; ++v) sum[v] += load(values + place[i], v) * weight[i];
-          }
-          for (int v = 0; v < Vectors; ++v) L::store(sums + v * L::W, sum[v]);
-        } else {
-          for (int64_t v = 0; v < vectors; ++v) {
-            V sum = L::load(sums + v * L::W) * fade;
-            for (int64_t i = 0; i < count; ++i) sum += load(values + place[i], v) * weight[i];
-            L::store(sums + v * L::W, sum);
-          }
-        }
-      }
+      });
+      j += count;
     }
     for (int64_t h = 0; h < heads; ++h) {
-      const V factor = L::splat(T(1) / L::sum(total[h]));
+      const V factor = L::splat(T(1) / L::sum(softmax[h].total));
       const T* sums = at(s, call_.sums) + (head + h) * sums_pitch;
       T* to = at(s, call_.mixed) + (head + h) * size;
-      for (int64_t v = 0; v < vectors; ++v) {
-        store_some<L>(to + v * L::W, L::load(sums + v * L::W) * factor, size - v * L::W);
-      }
-    }
-  }
-
-  void attend_some(const RolloutLayer& layer, int64_t s, int64_t head) {
-    const int64_t heads = smaller(kHeads, layer.heads - head);
-    switch (layer.head_dim % L::W == 0 ? layer.head_dim / L::W : 0) {
-      case 1:
-        return attend<1>(layer, s, head, heads);
-      case 2:
-        return attend<2>(layer, s, head, heads);
-      case 4:
-        return attend<4>(layer, s, head, heads);
-      case 8:
-        return attend<8>(layer, s, head, heads);
-      default:
-        return attend<0>(layer, s, head, heads);
+      for (int64_t f = 0; f < size; f += L::W) store_some<L>(to + f, L::load(sums + f) * factor, size - f);
     }
   }
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from jambatalk_kernels.attention import reference
 from jambatalk_kernels.attention.reference import KVCache, rotary_table  # noqa: F401  (public here)
 from jambatalk_kernels.autograd import any_requires_grad, first_derivative
-from jambatalk_kernels.backends import Reason, candidates, choose, without_step_gradients
-from jambatalk_kernels.checks import values_are_checked
+from jambatalk_kernels.backends import Reason, candidates, choose, native_library, without_step_gradients
+from jambatalk_kernels.checks import FLOATS, check_cu_seqlens, check_flag, values_are_checked
 from jambatalk_kernels.triton_ops import TritonOp
 
 MAX_TRITON_HEAD_DIM = 256
@@ -48,59 +48,47 @@ def rope_attention(
             keys and values carry no gradient. Needs `causal`. cos and sin are those of the new positions.
 
     Returns:
-        (batch, length, heads, head_dim), dtype of q. Time and memory O(length * window) with a window. Softmax in the
-        dtype that torch's scaled_dot_product_attention uses (float32 or better for half precision). No double backward.
+        (batch, length, heads, head_dim), dtype of q. Time and memory O(length * window) with a window. Sums in float32,
+        in float64 when q is. Deterministic, forward and backward. A query that sees nothing gives zeros and has no
+        gradient. No double backward, except on `reference`.
 
-    On a GPU Triton's kernels run up to head_dim 256 (not float64), flash style: memory O(length), the rotation applied
-    on load, keys read once per group; saved for backward are the inputs, the result, one number per query and head, and
-    a copy of the cache where there is one. Elsewhere torch's own attention runs behind the rotation.
+    On a CPU C++ runs, on a GPU Triton up to head_dim 256 (not float64); both flash style: memory O(length), the
+    rotation applied on load, keys read once per group; saved for backward are the inputs, the result, one number per
+    query and head, and a copy of the cache where there is one. Elsewhere, and as the definition, torch's own attention
+    runs behind the rotation. Not so on a CPU, because that loses: at (1, 600, 8 heads, 1 kv head, 64), float32, causal,
+    two threads, the rotation's share is 3 %, and torch's kernel takes four times ours forward and three times forward
+    and backward, as it works on each head's keys by itself (its gradients of shared keys are summed afterwards) and
+    computes 32 x 512 scores at a time on both sides of the diagonal.
 
     Raises:
         TypeError, ValueError: a bad dtype, shape, device or range, naming the argument; a cache without room
             (its positions are on the device, so off the CPU that is checked only with JAMBATALK_KERNELS_CHECK=1, and
             not in compiled code).
     """
-    _check_qkv(q, k, v, 4, "(batch, length, heads, head_dim)", "(batch, length, kv_heads, head_dim)")
-    batch, length, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    allowed = [
-        (length, head_dim // 2),
-        (length, kv_heads, head_dim // 2),
-        (batch, length, 1, head_dim // 2),
-        (batch, length, kv_heads, head_dim // 2),
-    ]
-    _check_tables(q, cos, sin, allowed)
-    _check_window(window)
-    if window is not None and not causal:
-        raise ValueError("window needs causal=True")
-    if cu_seqlens is not None:
+    tensors, masks = (q, k, v, cos, sin), (causal, window, scale, interleaved, cu_seqlens, cache)
+    chosen = choose("rope_attention", backend, _options("rope_attention", q))
+    # A call must cost microseconds: the native op tests its arguments itself, and only when it refuses them is the
+    # reason put into words here. What it cannot see is checked first: tracing runs no kernel, and values are optional.
+    if chosen != "cpu" or cu_seqlens is not None or torch.compiler.is_compiling():
+        _check_attention(*tensors, *masks)
+    if chosen == "reference":
+        return reference.rope_attention(*tensors, causal, window, _scale(scale, q), interleaved, cu_seqlens, cache)
+    try:
+        earlier = (None, None, None) if cache is None else (cache.k, cache.v, cache.position)
+        how = (causal, window, _scale(scale, q), interleaved, cu_seqlens, *earlier)
+        if torch.is_grad_enabled() and any_requires_grad(*tensors):
+            y = _RopeAttention.apply(*tensors, *how, chosen)
+        else:
+            y = _FORWARD[chosen](*tensors, *how, False)[0]
         if cache is not None:
-            raise ValueError("cu_seqlens and cache cannot be combined")
-        if batch != 1:
-            raise ValueError(f"cu_seqlens needs batch 1 (sequences packed along length), got batch {batch}")
-        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
-            raise TypeError("cu_seqlens must be an int32 tensor")
-        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-            raise ValueError(f"cu_seqlens must be (sequences + 1,), got shape {tuple(cu_seqlens.shape)}")
-        if cu_seqlens.device != q.device:
-            raise ValueError(f"cu_seqlens must be on the device of q ({q.device}), got {cu_seqlens.device}")
-    if cache is not None:
-        if not causal:
-            raise ValueError("cache needs causal=True")
-        _check_cache(cache, q, kv_heads, length, window)
-    scale = _scale(scale, head_dim)
-    if choose("rope_attention", backend, _options("rope_attention", q)) == "reference":
-        return reference.rope_attention(q, k, v, cos, sin, causal, window, scale, interleaved, cu_seqlens, cache)
-    tensors, how = (q, k, v, cos, sin), (causal, window, scale, interleaved)
-    earlier = (None, None, None) if cache is None else (cache.k, cache.v, cache.position)
-    if torch.is_grad_enabled() and any_requires_grad(*tensors):
-        y = _RopeAttention.apply(*tensors, *how, cu_seqlens, *earlier)
-    else:
-        y = _FORWARD(*tensors, *how, cu_seqlens, *earlier, False)[0]
-    if cache is not None:
-        with torch.no_grad():  # what is cached carries no gradient
-            _APPEND(k, v, cos, sin, *earlier, interleaved)
-            cache.position += length
+            with torch.no_grad():  # what is cached carries no gradient
+                _APPEND[chosen](k, v, cos, sin, *earlier, interleaved)
+                cache.position += q.shape[1]
+    except (RuntimeError, TypeError, AttributeError, IndexError):
+        _check_attention(*tensors, *masks)
+        raise
+    if chosen == "cpu" and cache is not None and not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version((cache.k, cache.v))  # so that autograd sees what was overwritten
     return y
 
 
@@ -131,38 +119,38 @@ def rope_attention_step(
     Raises:
         TypeError, ValueError: as `rope_attention`.
     """
-    _check_qkv(q, k, v, 3, "(batch, heads, head_dim)", "(batch, kv_heads, head_dim)")
-    batch, heads, head_dim = q.shape
-    kv_heads = k.shape[1]
-    _check_tables(q, cos, sin, [(batch, head_dim // 2), (batch, kv_heads, head_dim // 2)])
-    _check_window(window)
-    _check_cache(cache, q, kv_heads, 1, window)
-    scale = _scale(scale, head_dim)
+    tensors = (q, k, v, cos, sin)
     options = _options("rope_attention_step", q)
-    if torch.is_grad_enabled() and any_requires_grad(q, k, v, cos, sin):
+    if torch.is_grad_enabled() and any_requires_grad(*tensors):
         options = without_step_gradients(options)
-    if choose("rope_attention_step", backend, options) == "reference":
-        return reference.rope_attention_step(q, k, v, cos, sin, cache, window, scale, interleaved)
-    y = _STEP(q, k, v, cos, sin, cache.k, cache.v, cache.position, window, scale, interleaved)
-    cache.position += 1
+    chosen = choose("rope_attention_step", backend, options)
+    if chosen != "cpu" or torch.compiler.is_compiling():
+        _check_attention_step(*tensors, cache, window, scale)
+    if chosen == "reference":
+        return reference.rope_attention_step(*tensors, cache, window, _scale(scale, q), interleaved)
+    try:
+        y = _STEP[chosen](*tensors, cache.k, cache.v, cache.position, window, _scale(scale, q), interleaved)
+        cache.position += 1
+    except (RuntimeError, TypeError, AttributeError, IndexError):
+        _check_attention_step(*tensors, cache, window, scale)
+        raise
+    if chosen == "cpu" and not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version((cache.k, cache.v))
     return y
 
 
 def _options(op: str, q: Tensor) -> Mapping[str, Reason]:
     options = dict(candidates(op, q))
     options["cuda"] = "no CUDA C++ kernel is written for it; Triton's runs on GPUs"
-    if options["triton"] is None or callable(options["triton"]):
+    if isinstance(q, Tensor) and (options["triton"] is None or callable(options["triton"])):
         if q.dtype == torch.float64 or q.shape[-1] > MAX_TRITON_HEAD_DIM:
             options["triton"] = f"it takes no float64 and head_dim up to {MAX_TRITON_HEAD_DIM}"
-    if q.device.type == "cpu":
-        # Not a fallback: behind the rotation the reference is torch's own attention.
-        return {"reference": None, **options, "cpu": "no C++ kernel is written for it; the reference runs torch's own"}
     return options
 
 
-def _scale(scale: float | None, head_dim: int) -> float:
+def _scale(scale: float | None, q: Tensor) -> float:
     if scale is None:
-        return head_dim**-0.5
+        return q.shape[-1] ** -0.5
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
     if not 0 < scale < float("inf"):
@@ -170,12 +158,49 @@ def _scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
+def _check_attention(q, k, v, cos, sin, causal, window, scale, interleaved, cu_seqlens, cache) -> None:
+    _check_qkv(q, k, v, 4, "(batch, length, heads, head_dim)", "(batch, length, kv_heads, head_dim)")
+    batch, length, _, head_dim = q.shape
+    kv_heads = k.shape[2]
+    allowed = [
+        (length, head_dim // 2),
+        (length, kv_heads, head_dim // 2),
+        (batch, length, 1, head_dim // 2),
+        (batch, length, kv_heads, head_dim // 2),
+    ]
+    _check_tables(q, cos, sin, allowed)
+    _check_window(window)
+    _scale(scale, q)
+    check_flag("rope_attention", "causal", causal)
+    check_flag("rope_attention", "interleaved", interleaved)
+    if window is not None and not causal:
+        raise ValueError("window needs causal=True")
+    if cu_seqlens is not None:
+        if cache is not None:
+            raise ValueError("cu_seqlens and cache cannot be combined")
+        check_cu_seqlens("rope_attention", cu_seqlens, batch, length, q.device)
+    if cache is not None:
+        if not causal:
+            raise ValueError("cache needs causal=True")
+        _check_cache(cache, q, kv_heads, length, window)
+
+
+def _check_attention_step(q, k, v, cos, sin, cache, window, scale) -> None:
+    _check_qkv(q, k, v, 3, "(batch, heads, head_dim)", "(batch, kv_heads, head_dim)")
+    batch, _, head_dim = q.shape
+    kv_heads = k.shape[1]
+    _check_tables(q, cos, sin, [(batch, head_dim // 2), (batch, kv_heads, head_dim // 2)])
+    _check_window(window)
+    _scale(scale, q)
+    _check_cache(cache, q, kv_heads, 1, window)
+
+
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor, dims: int, q_shape: str, kv_shape: str) -> None:
     for name, value, shape in (("q", q, q_shape), ("k", k, kv_shape), ("v", v, kv_shape)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-        if not value.is_floating_point():
-            raise TypeError(f"{name} must be of a float dtype, got {value.dtype}")
+        if value.dtype not in FLOATS:
+            raise TypeError(f"{name} must be of a float dtype (float32, float64, bfloat16, float16), got {value.dtype}")
         if value.dim() != dims:
             raise ValueError(f"{name} must be {shape}, got shape {tuple(value.shape)}")
         if value.dtype != q.dtype:
@@ -195,7 +220,7 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor, dims: int, q_shape: str, kv_shap
 
 def _check_tables(q: Tensor, cos: Tensor, sin: Tensor, allowed: list[tuple[int, ...]]) -> None:
     for name, value in (("cos", cos), ("sin", sin)):
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+        if not isinstance(value, Tensor) or value.dtype not in FLOATS:
             raise TypeError(f"{name} must be a float tensor, got {getattr(value, 'dtype', type(value).__name__)}")
         if tuple(value.shape) not in allowed:
             shapes = " or ".join(str(shape) for shape in dict.fromkeys(allowed))
@@ -244,9 +269,10 @@ class _RopeAttention(torch.autograd.Function):
     """Saved: the inputs, the result and the logarithm of every softmax's sum; of the cache a copy: it will change."""
 
     @staticmethod
-    def forward(ctx, q, k, v, cos, sin, causal, window, scale, interleaved, cu_seqlens, *cache):
-        ctx.how = (causal, window, scale, interleaved)
-        y, logsumexp = _FORWARD(q, k, v, cos, sin, *ctx.how, cu_seqlens, *cache, True)
+    def forward(ctx, q, k, v, cos, sin, causal, window, scale, interleaved, cu_seqlens, ck, cv, position, backend):
+        ctx.how, ctx.backend = (causal, window, scale, interleaved), backend
+        cache = (ck, cv, position)
+        y, logsumexp = _FORWARD[backend](q, k, v, cos, sin, *ctx.how, cu_seqlens, *cache, True)
         cache = (None if tensor is None else tensor.clone() for tensor in cache)
         ctx.save_for_backward(q, k, v, cos, sin, y, logsumexp, cu_seqlens, *cache)
         return y
@@ -255,13 +281,14 @@ class _RopeAttention(torch.autograd.Function):
     def backward(ctx, grad_y):
         *saved, cu_seqlens, cache_k, cache_v, position = ctx.saved_tensors
         masks = (*ctx.how, cu_seqlens, cache_k, cache_v, position)
-        grads = first_derivative("rope_attention", _BACKWARD, grad_y, *saved, *masks)
-        return *grads, *(None,) * 8
+        grads = first_derivative("rope_attention", _BACKWARD[ctx.backend], grad_y, *saved, *masks)
+        return *grads, *(None,) * 9
 
 
 def _fake_attention(q, k, v, cos, sin, causal, window, scale, interleaved, cu_seqlens, ck, cv, position, save):
     batch, length, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, heads, length) if save else (0,), dtype=torch.float32)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty((batch, heads, length) if save else (0,), dtype=dtype)
 
 
 def _fake_attention_backward(grad_y, q, k, v, cos, sin, *_):
@@ -276,26 +303,33 @@ def _fake_attention_step(q, *_):
     return q.new_empty(q.shape)
 
 
-_FORWARD = TritonOp(
+# The schemas of csrc/schemas.h, for the ops that Triton's launchers become; a test compares the two.
+SCHEMAS = (
     "rope_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, bool causal, int? window, float scale, "
     "bool interleaved, Tensor? cu_seqlens, Tensor? cache_k, Tensor? cache_v, Tensor? position, bool save) "
     "-> (Tensor y, Tensor logsumexp)",
-    "jambatalk_kernels.attention.triton", "attention_forward", _fake_attention,
-)  # fmt: skip
-_BACKWARD = TritonOp(
     "rope_attention_backward(Tensor grad_y, Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor y, "
     "Tensor logsumexp, bool causal, int? window, float scale, bool interleaved, Tensor? cu_seqlens, "
     "Tensor? cache_k, Tensor? cache_v, Tensor? position) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dcos, Tensor dsin)",
-    "jambatalk_kernels.attention.triton", "attention_backward", _fake_attention_backward,
-)  # fmt: skip
-_APPEND = TritonOp(
     "rope_attention_append(Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) cache_k, Tensor(b!) cache_v, "
     "Tensor position, bool interleaved) -> ()",
-    "jambatalk_kernels.attention.triton", "attention_append", _fake_attention_append,
-)  # fmt: skip
-_STEP = TritonOp(
     "rope_attention_step(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) cache_k, "
     "Tensor(b!) cache_v, Tensor position, int? window, float scale, bool interleaved) -> Tensor",
-    "jambatalk_kernels.attention.triton_step", "attention_step", _fake_attention_step,
-)  # fmt: skip
+)
+_MODULE = "jambatalk_kernels.attention.triton"
+
+# Backend -> the op that runs it.
+_FORWARD = {"triton": TritonOp(SCHEMAS[0], _MODULE, "attention_forward", _fake_attention)}
+_BACKWARD = {"triton": TritonOp(SCHEMAS[1], _MODULE, "attention_backward", _fake_attention_backward)}
+_APPEND = {"triton": TritonOp(SCHEMAS[2], _MODULE, "attention_append", _fake_attention_append)}
+_STEP = {"triton": TritonOp(SCHEMAS[3], f"{_MODULE}_step", "attention_step", _fake_attention_step)}
+if native_library()[0]:
+    torch.library.register_fake("jambatalk::rope_attention", _fake_attention)
+    torch.library.register_fake("jambatalk::rope_attention_backward", _fake_attention_backward)
+    torch.library.register_fake("jambatalk::rope_attention_append", _fake_attention_append)
+    torch.library.register_fake("jambatalk::rope_attention_step", _fake_attention_step)
+    _FORWARD["cpu"] = torch.ops.jambatalk.rope_attention.default
+    _BACKWARD["cpu"] = torch.ops.jambatalk.rope_attention_backward.default
+    _APPEND["cpu"] = torch.ops.jambatalk.rope_attention_append.default
+    _STEP["cpu"] = torch.ops.jambatalk.rope_attention_step.default

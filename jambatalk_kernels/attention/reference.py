@@ -6,7 +6,7 @@
 
 The pairs are (f, f + head_dim / 2), or (2 f, 2 f + 1) when `interleaved`. Query head h reads key-value head
 h // (heads / kv_heads). Position i sees j <= i (causal) and, with a window, only i - window < j: the last `window`
-positions, its own included.
+positions, its own included. Packed positions outside of every sequence see nothing: their y is zero.
 
 With a window the queries are processed in blocks, each with only the keys that it can see, so that time and memory are
 O(length * window). Where the math is plain causal attention it is left to torch's scaled_dot_product_attention.
@@ -157,7 +157,7 @@ def rope_attention(
 ) -> Tensor:
     batch, length = q.shape[:2]
     if q.numel() == 0:
-        return torch.zeros_like(q)
+        return q * (k.sum() + v.sum() + cos.sum() + sin.sum())  # nothing, and gradients of zero
     if cos.dim() == 2:  # (length, head_dim / 2): the same for every head
         cos, sin = cos[:, None], sin[:, None]
     q, k = rotate_grouped(q, k, cos, sin, interleaved)
@@ -176,7 +176,8 @@ def rope_attention(
         keys, values, cached = k, v, 0
     sequence = None
     if cu_seqlens is not None:  # which sequence each packed position belongs to
-        sequence = torch.searchsorted(cu_seqlens.to(torch.int64), index, right=True)
+        bounds = cu_seqlens.to(torch.int64).clamp(0, length).cummax(0).values
+        sequence = torch.searchsorted(bounds, index, right=True)
 
     blocks = []
     for start in range(0, length, QUERY_BLOCK):
@@ -194,7 +195,11 @@ def rope_attention(
         blocks.append(attend(q[:, start:stop], keys[:, low:high], values[:, low:high], mask, scale))
     if cache is not None:
         cache.append(k, v)
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+    y = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+    if sequence is not None:  # before the first sequence and after the last nothing is seen
+        inside = (sequence > 0) & (sequence < len(cu_seqlens))
+        y = torch.where(inside[:, None, None], y, y.new_zeros(()))
+    return y
 
 
 def rope_attention_step(

@@ -5,9 +5,19 @@ from itertools import pairwise
 import pytest
 import torch
 
+from jambatalk_kernels import mean_pool_heads, native_library, use_backend
 from jambatalk_kernels.attention import reference
 from jambatalk_kernels.attention.op import KVCache, rope_attention, rope_attention_step
 from jambatalk_kernels.attention.reference import rotary_table
+
+
+@pytest.fixture(autouse=True, params=["reference", "cpu"])
+def backend(request):
+    """Every test runs on both."""
+    if request.param == "cpu" and not native_library()[0]:
+        pytest.skip(f"no native library: {native_library()[1]}")
+    with use_backend(request.param):
+        yield request.param
 
 
 def make(batch=2, length=11, heads=4, kv_heads=2, head_dim=6, dtype=torch.float64, seed=0):
@@ -136,6 +146,7 @@ def test_sequences_at_different_positions_share_a_cache():
     torch.testing.assert_close(y, torch.stack([whole[0, rows[0]], whole[1, rows[1]]]))
 
 
+@pytest.mark.parametrize("backend", ["reference"], indirect=True)
 def test_window_never_builds_more_than_a_block_of_scores(monkeypatch):
     sizes = []
     attend = reference.attend
@@ -149,10 +160,37 @@ def test_window_never_builds_more_than_a_block_of_scores(monkeypatch):
     assert max(sizes) <= reference.QUERY_BLOCK * (reference.QUERY_BLOCK + 100)
 
 
-def test_empty():
-    for batch, length in ((0, 3), (2, 0)):
-        q, k, v, cos, sin = make(batch=batch, length=length)
-        assert rope_attention(q, k, v, cos, sin).shape == q.shape
+def test_positions_outside_of_every_sequence_give_zeros_and_take_no_gradient():
+    for causal in (True, False):
+        inputs = [t.requires_grad_() for t in make(batch=1, length=9)]
+        y = rope_attention(*inputs, causal=causal, cu_seqlens=torch.tensor([2, 6, 7], dtype=torch.int32))
+        outside = [0, 1, 7, 8]
+        assert (y[:, outside] == 0).all() and (y[:, 2:7] != 0).all()
+        for grad in torch.autograd.grad(y.square().sum() + y.sum(), inputs):
+            rows = grad if grad.dim() == 2 else grad[0]
+            assert (rows[outside] == 0).all() and rows.isfinite().all()
+
+
+def test_bounds_of_sequences_are_clamped():
+    inputs = make(batch=1, length=9)
+    wild, tame = (torch.tensor(bounds, dtype=torch.int32) for bounds in ([-3, 7, 5, 99], [0, 7, 7, 9]))
+    got = rope_attention(*inputs, cu_seqlens=wild)
+    torch.testing.assert_close(got, rope_attention(*inputs, cu_seqlens=tame), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("batch, length", [(0, 3), (2, 0)])
+def test_empty(batch, length):
+    inputs = [t.requires_grad_() for t in make(batch=batch, length=length)]
+    y = rope_attention(*inputs)
+    assert y.shape == inputs[0].shape
+    for grad, t in zip(torch.autograd.grad(y.sum(), inputs), inputs, strict=True):
+        assert grad.shape == t.shape and (grad == 0).all()
+
+
+def test_an_empty_batch_steps():
+    q, k, v, cos, sin = (t[:0] for t in make(length=1))
+    cache = KVCache.empty(0, 3, 2, 6)
+    assert rope_attention_step(q[:, 0], k[:, 0], v[:, 0], cos, sin, cache).shape == (0, 4, 6)
 
 
 @pytest.mark.parametrize(
@@ -180,3 +218,55 @@ def test_errors_name_the_argument(change, error, text):
     arguments = dict(zip(("q", "k", "v", "cos", "sin"), make(dtype=torch.float32), strict=True))
     with pytest.raises(error, match=text):
         rope_attention(**(arguments | change))
+
+
+# ---- multi-head checkpoints -----------------------------------------------------------------------------------------
+
+
+def test_pooling_to_the_same_number_of_heads_changes_nothing():
+    weight = torch.randn(8 * 4, 20)
+    pooled = mean_pool_heads(weight, 8, 8)
+    assert torch.equal(pooled, weight) and pooled.data_ptr() != weight.data_ptr()
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_pooling_takes_the_mean_of_the_heads_that_share(kv_heads):
+    weight, bias = torch.randn(8 * 6, 20, dtype=torch.float64), torch.randn(8 * 6, dtype=torch.bfloat16)
+    heads = weight.view(8, 6, 20)
+    group = 8 // kv_heads
+    for g, pooled in enumerate(mean_pool_heads(weight, 8, kv_heads).view(kv_heads, 6, 20)):
+        torch.testing.assert_close(pooled, sum(heads[g * group + i] for i in range(group)) / group)
+    pooled = mean_pool_heads(bias, 8, kv_heads)
+    assert pooled.dtype == torch.bfloat16
+    assert torch.equal(pooled, bias.view(kv_heads, group, 6).float().mean(1).bfloat16().flatten())
+
+
+def test_equal_heads_pool_to_the_same_attention():
+    """A multi-head layer whose heads agree within each group, and its pooled form."""
+    x = torch.randn(2, 9, 20, dtype=torch.float64)
+    q = torch.randn(2, 9, 8, 6, dtype=torch.float64)
+    cos, sin = rotary_table(torch.arange(9), 6, dtype=torch.float64)
+    k_proj, v_proj = (torch.randn(2, 6, 20, dtype=torch.float64).repeat_interleave(4, 0).flatten(0, 1) for _ in "kv")
+
+    def attend(heads, *weights):
+        return rope_attention(q, *((x @ w.T).view(2, 9, heads, 6) for w in weights), cos, sin)
+
+    pooled = (mean_pool_heads(w, 8, 2) for w in (k_proj, v_proj))
+    torch.testing.assert_close(attend(2, *pooled), attend(8, k_proj, v_proj))
+
+
+@pytest.mark.parametrize(
+    "weight, heads, kv_heads, error, text",
+    [
+        (torch.zeros(12, 3), 4, 3, ValueError, "kv_heads must divide the 4 heads, got 3"),
+        (torch.zeros(10, 3), 4, 2, ValueError, "weight must be"),
+        (torch.zeros(()), 1, 1, ValueError, "weight must be"),
+        (torch.zeros(12, 3), 4, 0, ValueError, "kv_heads must be at least 1"),
+        (torch.zeros(12, 3), 4.0, 2, TypeError, "heads must be an int"),
+        (torch.zeros(12, 3).int(), 4, 2, TypeError, "weight must be a float tensor"),
+        ([1.0], 1, 1, TypeError, "weight must be a float tensor, got list"),
+    ],
+)
+def test_pooling_refuses_in_words(weight, heads, kv_heads, error, text):
+    with pytest.raises(error, match=text):
+        mean_pool_heads(weight, heads, kv_heads)

@@ -7,6 +7,7 @@ import torch
 
 import jambatalk_kernels
 from jambatalk_kernels import BackendUnavailable, backends, use_backend
+from jambatalk_kernels.attention import op as attention_op
 from jambatalk_kernels.backends import choose
 from jambatalk_kernels.causal_conv1d import op as conv_op
 from jambatalk_kernels.moe import op as moe_op
@@ -101,7 +102,7 @@ def test_a_library_of_another_version_is_refused(monkeypatch):
 def test_the_schemas_of_the_triton_ops_are_the_native_ones():
     if not backends.native_library()[0]:
         pytest.skip("there is no native library to compare with (JAMBATALK_BUILD=none)")
-    for op in (conv_op, scan_op, moe_op):
+    for op in (conv_op, scan_op, moe_op, attention_op):
         for schema in op.SCHEMAS:
             name = schema[: schema.index("(")]
             native = str(getattr(torch.ops.jambatalk, name).default._schema)

@@ -1,7 +1,8 @@
 """Property tests of the CPU ops: whatever the shapes, dtypes, strides, lengths and optional arguments, no crash and no
 wrong number; whatever is wrong with a call, an error that names the argument.
 
-2,000 cases in all, the same ones in every run (``derandomize``); `make check` runs most of them.
+2,000 cases in all of scan and convolution and 2,000 of attention, the same ones in every run (``derandomize``); `make
+check` runs most of them.
 """
 
 import os
@@ -13,9 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jambatalk_kernels import (
+    KVCache,
     causal_conv1d,
     causal_conv1d_step,
     native_library,
+    rope_attention,
+    rope_attention_step,
     selective_scan,
     selective_scan_step,
 )
@@ -279,6 +283,173 @@ def test_any_scan_step_is_right(native, isa, case):
 def test_any_convolution_step_is_right(native, isa, case):
     native.set_cpu_isa(on_this_machine(native, isa))
     assert_step_is_right(causal_conv1d_step, case)
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def attention_cases(draw, step=False):
+    """-> q, k, v, cos and sin by name, options, and a cache or None."""
+    cu_seqlens = None
+    length = 1 if step else draw(LENGTHS)
+    if not step:
+        cu_seqlens = draw(packing(length))
+    batch = 1 if cu_seqlens is not None else draw(st.integers(0, 3))
+    kv_heads, group = draw(st.integers(1, 3)), draw(st.one_of(st.integers(1, 5), st.just(8)))
+    head_dim = 2 * draw(st.one_of(st.integers(1, 12), st.sampled_from((16, 32, 64, 128))))
+    half = head_dim // 2
+    tables = ((batch, length, 1, half), (batch, length, kv_heads, half))
+    if not step:
+        tables = ((length, half), (length, kv_heads, half), *tables)
+    shapes = {
+        "q": (batch, length, kv_heads * group, head_dim),
+        "k": (batch, length, kv_heads, head_dim),
+        "v": (batch, length, kv_heads, head_dim),
+        "cos": (table := draw(st.sampled_from(tables))),
+        "sin": table,
+    }
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    dtype = draw(st.sampled_from(DTYPES))
+    named = {}
+    for name, shape in shapes.items():
+        own = dtype if name in "qkv" else draw(st.sampled_from(DTYPES))
+        values = torch.randn(shape, generator=generator, dtype=torch.float64).to(own)
+        named[name] = lay_out(values, draw(st.sampled_from(LAYOUTS)))
+    window = draw(st.one_of(st.none(), st.integers(1, 12), st.sampled_from((40, 64, 1000))))
+    options = {"window": window, "interleaved": draw(st.booleans())}
+    options["scale"] = draw(st.one_of(st.none(), st.floats(0.01, 2)))
+    cache = None
+    if step or (cu_seqlens is None and draw(st.booleans())):
+        most = draw(st.sampled_from((0, 5, 70, 300)))
+        capacity = window if window is not None and draw(st.booleans()) else max(1, most + length, window or 0)
+        if window is not None and capacity >= window:
+            most *= 3  # gone round
+        own = draw(st.sampled_from((dtype, *DTYPES)))
+        cache = KVCache.empty(batch, capacity, kv_heads, head_dim, dtype=own)
+        for held in (cache.k, cache.v):
+            held.copy_(torch.randn(held.shape, generator=generator))
+        cache.position.copy_(torch.randint(0, most + 1, (batch,), generator=generator))
+        layout = draw(st.sampled_from(LAYOUTS[:5]))
+        cache.k, cache.v = lay_out(cache.k, layout), lay_out(cache.v, layout)
+    elif not step:
+        options["cu_seqlens"] = cu_seqlens
+        if window is None:
+            options["causal"] = draw(st.booleans())
+    if step:  # one position less an axis
+        named = {name: tensor.squeeze(1) for name, tensor in named.items()}
+        if named["cos"].shape[1] == 1 and draw(st.booleans()):
+            named |= {name: named[name].squeeze(1) for name in ("cos", "sin")}
+        if named["cos"].dim() == 3 and named["cos"].shape[1] != kv_heads:
+            named |= {name: named[name].squeeze(1) for name in ("cos", "sin")}
+    return named, options, cache
+
+
+def rounding_units(named, options, cache):
+    """What one unit of relative rounding may come to in each result. Weights follow scores, which are sums as large as
+    scale |q| |k|; their gradients are differences of numbers as large as |grad y| |v|, whatever is left of them."""
+    q, k, v, cos, sin = (t.double() for t in named.values())
+    if q.numel() == 0:
+        return dict.fromkeys(("y", *named), 0.0)
+    earlier_k, earlier_v = (k[:0], v[:0]) if cache is None else (cache.k.double(), cache.v.double())
+    turn = (cos.square() + sin.square()).sqrt().max().item()
+    values = torch.cat([v.flatten(0, -2), earlier_v.flatten(0, -2)]).norm(dim=-1).max().item()
+    keys = torch.cat([k.flatten(0, -2) * turn, earlier_k.flatten(0, -2)]).norm(dim=-1).max().item()
+    queries, head_dim = turn * q.norm(dim=-1).max().item(), q.shape[-1]
+    scale = options["scale"] or head_dim**-0.5
+    score = scale * queries * keys
+    slope = scale * head_dim**0.5 * values * (1 + score)  # the gradient of y is about 1 in each feature
+    table = 2 * queries * keys / turn
+    through = {"q": keys * turn, "k": queries * turn, "v": head_dim**0.5 * score / slope, "cos": table, "sin": table}
+    return {"y": score * values, **{name: slope * unit for name, unit in through.items()}}
+
+
+def attention_rounding(got, want, q, unit):
+    """Of the result once; of the sums 64 times; and of rotated keys, y and, in the reference, queries, which are of q's
+    dtype, four times."""
+    scale = want.abs().max().item() if want.numel() else 0.0
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    rounding = torch.finfo(got.dtype).eps * scale + 64 * torch.finfo(compute).eps * (scale + unit)
+    return rounding + (4 * torch.finfo(q.dtype).eps * unit if q.dtype.itemsize == 2 else 0)
+
+
+def attention_results(named, options, cache, backend, weight=None):
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in named.items()}
+    cache = None if cache is None else KVCache(cache.k.clone(), cache.v.clone(), cache.position.clone())
+    y = rope_attention(**leaves, **options, cache=cache, backend=backend)
+    if weight is None:
+        weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
+    grads = torch.autograd.grad(y, list(leaves.values()), weight.to(y.dtype))
+    return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}, weight, cache
+
+
+def doubled(cache):
+    return None if cache is None else KVCache(cache.k.double(), cache.v.double(), cache.position)
+
+
+def attention_is_right(native, isa, case):
+    native.set_cpu_isa(isa)
+    named, options, cache = case
+    ours, weight, our_cache = attention_results(named, options, cache, "cpu")
+    peer, _, peer_cache = attention_results(named, options, cache, "reference", weight)
+    wide = {name: tensor.double() for name, tensor in named.items()}
+    exact, _, _ = attention_results(wide, options, doubled(cache), "reference", weight)
+    units = rounding_units(named, options, cache)
+    for name, want in exact.items():
+        got = ours[name]
+        assert got.shape == want.shape and got.dtype == peer[name].dtype, name
+        rounding = attention_rounding(got, want, named["q"], units[name])
+        assert distance(got, want) <= 2 * distance(peer[name], want) + rounding, name
+    if cache is not None:
+        assert torch.equal(our_cache.position, peer_cache.position)
+        assert torch.equal(our_cache.v, peer_cache.v)
+        assert (
+            distance(our_cache.k, peer_cache.k.double())
+            <= torch.finfo(our_cache.k.dtype).eps
+            * 2
+            * (peer_cache.k.double().abs().max().item() if cache.k.numel() else 0.0)
+            + torch.finfo(named["k"].dtype).eps * 8
+        )
+
+
+def attention_step_is_right(native, isa, case):
+    native.set_cpu_isa(isa)
+    named, options, cache = case
+    outcomes = []
+    for backend, wide in (("cpu", False), ("reference", False), ("reference", True)):
+        own = KVCache(cache.k.clone(), cache.v.clone(), cache.position.clone())
+        inputs = {name: tensor.double() for name, tensor in named.items()} if wide else named
+        outcomes.append(rope_attention_step(**inputs, cache=doubled(own) if wide else own, **options, backend=backend))
+    ours, peer, exact = outcomes
+    assert ours.shape == exact.shape and ours.dtype == peer.dtype
+    rounding = attention_rounding(ours, exact, named["q"], rounding_units(named, options, cache)["y"])
+    assert distance(ours, exact) <= 2 * distance(peer, exact) + rounding
+
+
+@cases(60)
+@given(case=attention_cases(), isa=ISAS)
+def test_any_attention_is_right(native, isa, case):
+    attention_is_right(native, on_this_machine(native, isa), case)
+
+
+@cases(60)
+@given(case=attention_cases(step=True), isa=ISAS)
+def test_any_attention_step_is_right(native, isa, case):
+    attention_step_is_right(native, on_this_machine(native, isa), case)
+
+
+@pytest.mark.slow
+@cases(1400)
+@given(case=attention_cases(), isa=ISAS)
+def test_many_attentions_are_right(native, isa, case):
+    attention_is_right(native, on_this_machine(native, isa), case)
+
+
+@pytest.mark.slow
+@cases(480)
+@given(case=attention_cases(step=True), isa=ISAS)
+def test_many_attention_steps_are_right(native, isa, case):
+    attention_step_is_right(native, on_this_machine(native, isa), case)
 
 
 # ---- always an error that names the argument ------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = "strides or float64 or packed or wild or nothing or steps_are or step_of or mixed or extreme or whole or halves"
-PROPERTIES = "any_scan or any_convolution"  # arbitrary shapes, layouts and dtypes; the fast part
+PROPERTIES = "any_scan or any_convolution or any_attention"  # arbitrary shapes, layouts and dtypes; the fast part
 
 
 def _library(name):
@@ -47,7 +47,7 @@ def test_the_kernels_are_clean_under_sanitizers(tmp_path):
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
          "-k", f"({TESTS} or {PROPERTIES}) and not random",
          "tests/jambatalk_kernels/test_selective_scan.py", "tests/jambatalk_kernels/test_causal_conv1d.py",
-         "tests/jambatalk_kernels/test_properties.py"],
+         "tests/jambatalk_kernels/test_attention_native.py", "tests/jambatalk_kernels/test_properties.py"],
         cwd=ROOT, capture_output=True, text=True, timeout=1800,
         env=environment | {
             "PYTHONPATH": str(library.parent),  # before the installed library
