@@ -144,6 +144,7 @@ def contest(request):
         if case not in cases:
             cases.append(case)
 
+    run.keep = cases.append  # a case whose seconds were taken otherwise
     yield run
     request.config.stash[_CASES].extend(cases)
 

@@ -27,7 +27,6 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-import soxr
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -180,6 +179,8 @@ class MotionSet:
         clip = self.clips[index]
         samples = clip.samples
         if speed != 1:
+            import soxr
+
             samples = soxr.resample(samples, SAMPLING_RATE * speed.numerator, SAMPLING_RATE * speed.denominator)
         frames = max(1, round(Fraction(len(samples), SAMPLING_RATE) * self.fps))
         moving = max(1, round(Fraction(len(clip.rows), clip.fps) / speed * self.fps))

@@ -14,7 +14,8 @@ and the one that FaceFormer made common, of VOCASET (60 frames/s) or of BIWI (25
     templates.pkl
 
 Either may have `splits.json`, `faces.npy`, `regions.npz` and `phones.json` beside it, as `jambatalk.synthesize` writes
-them; they are preferred to the names and splits of VOCA and BIWI.
+them; they are preferred to the names and splits of VOCA and BIWI. Triangles are else taken from the mesh that the data
+sets' own tools come with (`MESHES`), where it lies in the folder or in its `templates/`.
 
 What comes out is in metres. `python -m jambatalk.data.vocaset DIR` checks a folder and prints what it holds.
 """
@@ -62,6 +63,7 @@ BIWI_NAME = re.compile(r"[FM]\d_e?\d\d")
 # Metres in a unit. "biwi": vertices over the square root of the face's area, as CodeTalker prepares BIWI; 0.2 is
 # UniTalker's factor for it.
 UNITS = {"m": 1.0, "cm": 1e-2, "mm": 1e-3, "biwi": 0.2}
+MESHES = ("FLAME_sample.ply", "BIWI_topology.obj", "BIWI.ply")
 HEAD = (0.1, 0.9)  # metres: the diagonal of a face's or a head's bounding box lies between
 LENGTHS_DIFFER = 0.5  # seconds that sound and motion of a clip may differ; the longer one is cut
 FAR = 0.1  # of the head's diagonal: frames whose vertices lie so far from the template on average are not that face's
@@ -233,10 +235,15 @@ class Corpus:
 
     def _faces(self) -> np.ndarray | None:
         path = self.directory / "faces.npy"
-        if not path.exists():
-            return None
-        faces = _load_array(path)
-        if faces.ndim != 2 or faces.shape[1] != 3 or faces.dtype.kind not in "iu":
+        if path.exists():
+            faces = _load_array(path)
+        else:
+            places = (self.directory / sub / name for sub in ("", "templates") for name in MESHES)
+            path = next((place for place in places if place.exists()), None)
+            if path is None:
+                return None
+            faces = _triangles(path)
+        if faces.ndim != 2 or faces.shape[1] != 3 or not len(faces) or faces.dtype.kind not in "iu":
             raise CorpusError(f"{path}: expected whole numbers (F, 3), found {faces.dtype} {faces.shape}")
         if faces.size and not (0 <= faces.min() and faces.max() < self.vertex_count):
             raise CorpusError(f"{path}: triangles name vertices beyond the {self.vertex_count} there are")
@@ -467,6 +474,18 @@ def _load_array(path: Path, floating: bool = False) -> np.ndarray:
     return array
 
 
+def _triangles(path: Path) -> np.ndarray:
+    try:
+        import trimesh
+    except ImportError:
+        raise CorpusError(f"{path}: reading it needs the package trimesh: pip install 'jambatalk[train]'") from None
+    try:
+        # Without these it would merge, reorder and leave out vertices.
+        return np.asarray(trimesh.load_mesh(path, process=False, maintain_order=True).faces)
+    except Exception as error:  # whatever its readers raise, it is this file that cannot be read
+        raise CorpusError(f"{path}: cannot be read as a mesh ({_one_line(error)})") from None
+
+
 def _dictionary(path: Path) -> dict:
     found = load_plain_pickle(path)
     if not isinstance(found, dict) or not all(isinstance(value, dict) for value in found.values()):
@@ -487,7 +506,7 @@ def _one_line(error: BaseException) -> str:
 
 def inspect(corpus: Corpus) -> str:
     """What a corpus holds, as text: layout, units, and for every split its subjects, sequences, hours and gaps."""
-    mesh = "no faces.npy" if corpus.faces is None else f"{len(corpus.faces)} triangles"
+    mesh = "no triangles" if corpus.faces is None else f"{len(corpus.faces)} triangles"
     regions = ", ".join(sorted(corpus.regions)) or "none"
     across = np.median(list(corpus.sizes.values())) * corpus.scale
     lines = [

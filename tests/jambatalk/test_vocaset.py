@@ -243,6 +243,21 @@ def test_faces_of_another_mesh_are_refused(tmp_path):
         Corpus(folder)
 
 
+@pytest.mark.parametrize("name", ["FLAME_sample.ply", "templates/FLAME_sample.ply", "templates/BIWI_topology.obj"])
+def test_triangles_of_the_mesh_that_data_sets_come_with(tmp_path, name):
+    trimesh = pytest.importorskip("trimesh", reason="needs the package `trimesh` (extra `train`)")
+    folder = write_corpus(tmp_path)
+    assert Corpus(folder).faces is None
+    faces = np.array([[0, 1, 2], [6, 3, 4]])
+    (folder / name).parent.mkdir(exist_ok=True)
+    mesh = trimesh.Trimesh(np.zeros((7, 3)), faces, process=False)  # vertices that a reader would merge
+    mesh.export(folder / name)
+    np.testing.assert_array_equal(Corpus(folder).faces, faces)
+    (folder / name).write_bytes(b"ply")
+    with pytest.raises(CorpusError, match=f"{name}: (cannot be read as a mesh|expected)"):
+        Corpus(folder)
+
+
 # -------------------------------------------------------------------------------------------------------- hostile data
 
 
