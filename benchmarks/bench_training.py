@@ -126,24 +126,29 @@ def operations(objective: Objective, batch: Batch) -> int:
     return counter.get_total_flops() + 3 * 2 * int(batch.valid.sum()) * experts
 
 
-@pytest.mark.parametrize("generated", [0.0, 0.5])
-def test_step_of_demo_against_transformers_layers(contest, native, generated):
-    """Without rollouts, which their layers could only step through: that is what is compared. With them: ours alone."""
+@pytest.mark.parametrize("precision, generated", [("float32", 0.0), ("bf16", 0.0), ("float32", 0.9)])
+def test_step_of_demo_against_transformers_layers(contest, native, precision, generated):
+    """Compared without rollouts, which their layers could only step through. With them, the demo's share: ours alone.
+
+    Encoder, losses and Adam are the same for both, so the products of a step (`operations`) at this machine's peak
+    bound how much faster the whole step can be.
+    """
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("this process may use one core: the bar is for two")
-    ours = make_objective("demo")
+    ours = make_objective("demo", precision=precision)
     batch = make_batch(ours.model.config, 8, generated)
     parameters = sum(p.numel() for p in ours.parameters())
     frames = int(batch.valid.sum())
     case = Case(
-        f"training step demo float32, batch 8, {generated:.0%} rollouts, 2 threads, {native.cpu_isa()}", "training",
-        "cpu", bytes=7 * 4 * parameters, operations={"float32": operations(ours, batch)}, limit="matrix products",
-        facts={"preset": "demo", "batch": 8, "frames": frames, "threads": 2, "parameters": parameters,
+        f"training step demo {precision}, batch 8, {generated:.0%} rollouts, 2 threads, {native.cpu_isa()}", "training",
+        "cpu", bytes=7 * 4 * parameters, operations={precision: operations(ours, batch)}, limit="matrix products",
+        facts={"preset": "demo", "precision": precision, "batch": 8, "frames": frames, "threads": 2,
+               "parameters": parameters,
                "generated": generated, "isa": native.cpu_isa()},
     )  # fmt: skip
     others = {}
     if not generated:
-        others["transformers"] = Step(make_objective("demo", theirs=True), batch)
+        others["transformers"] = Step(make_objective("demo", theirs=True, precision=precision), batch)
     contest(case, Step(ours, batch), [{}], others, threads=dict.fromkeys(["ours", *others], 2), rounds=3)
     case.note("frames/s", frames / case.seconds["ours"])
     if others:

@@ -65,6 +65,12 @@ class AudioEncoder(nn.Module):
         """(batch, n) -> (batch, features, conv_dim[-1]) at 50 Hz; n at least the receptive field."""
         # Layer by layer, not feature_extractor(): that asks for the gradient of the samples, which nobody uses.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_front_end):
+            # Backward through conv1d between layer norms copies and transposes more than it computes.
+            if torch.is_grad_enabled() and self.config.conv_norm == "layer":
+                x = samples[:, :, None]
+                for layer in self.feature_extractor.conv_layers:
+                    x = layer.activation(layer.layer_norm(strided_products(x, layer.conv)))
+                return x
             x = samples[:, None]
             for layer in self.feature_extractor.conv_layers:
                 x = layer(x)
@@ -278,6 +284,23 @@ def wav2vec2_architecture(source: str | Path) -> dict:
         layer_drop=hf.layerdrop,
         layer_norm_eps=hf.layer_norm_eps,
     )
+
+
+def strided_products(x: Tensor, conv: nn.Conv1d) -> Tensor:
+    """`conv` on (batch, length, channels) -> (batch, features, filters), as one matrix product for each `stride` taps
+    of the kernel: x is cut into blocks of `stride` positions, and nothing is gathered or transposed. float32: forward
+    as fast as conv1d, backward 2 to 3 times faster (the demo's front end on one AVX-512 core)."""
+    (kernel,), (stride,) = conv.kernel_size, conv.stride
+    batch, length, channels = x.shape
+    features, pieces = (length - kernel) // stride + 1, -(-kernel // stride)
+    blocks = features + pieces - 1
+    x = pad(x, (0, 0, 0, max(0, blocks * stride - length)))[:, : blocks * stride]
+    x = x.reshape(batch, blocks, stride * channels)
+    weight = conv.weight.permute(2, 1, 0).reshape(kernel * channels, -1)
+    y = 0 if conv.bias is None else conv.bias
+    for piece, rows in enumerate(weight.split(stride * channels)):
+        y = y + x[:, piece : piece + features, : len(rows)] @ rows
+    return y
 
 
 def stretch(features: Tensor, frames: int) -> Tensor:

@@ -167,6 +167,23 @@ def test_the_front_end_is_frozen_in_paper_mode_and_trained_in_the_demo():
         assert all(p.grad is not None for p in encoder.layers.parameters())
 
 
+@pytest.mark.parametrize("samples", [400, 401, 4999, 8000, 8161])
+def test_convolutions_with_gradients_are_those_without(samples):
+    encoder = make(**WINDOWED)
+    x = noise(2, samples).requires_grad_()
+    y = encoder.convolve(x)
+    weight = torch.randn_like(y)
+    parameters = [x, *encoder.feature_extractor.parameters()]
+    gradients = torch.autograd.grad((y * weight).sum(), parameters)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.convolve(x), y, rtol=1e-5, atol=1e-5)
+    expected = x[:, None]
+    for layer in encoder.feature_extractor.conv_layers:
+        expected = layer(expected)
+    for mine, theirs in zip(gradients, torch.autograd.grad((expected.mT * weight).sum(), parameters), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
+
+
 @pytest.mark.parametrize("options", [BASE, LARGE], ids=["base", "large"])
 @pytest.mark.parametrize("old_names", [False, True])
 def test_a_pretrained_checkpoint_loads_from_a_folder(options, old_names, tmp_path):
