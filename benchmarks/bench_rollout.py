@@ -11,9 +11,11 @@ import os
 import pytest
 import torch
 
+from benchmarks import peers
 from benchmarks.results import Case
 from jambatalk_kernels import rollout
 from jambatalk_kernels.rollout.packing import frame_bytes
+from jambatalk_kernels.rollout.program import AttentionMixer, RolloutState
 
 try:
     from jambatalk.config import JambaTalkConfig
@@ -87,27 +89,99 @@ def test_two_threads(contest, native, preset):
     def call(i):
         return rollout(program, i["x"])
 
+    weights = torch.randn(case.record["facts"]["active_weights"])
+
+    def read(i):
+        return [weights.sum() for _ in range(FRAMES[preset])]
+
     inputs = make_inputs(config, FRAMES[preset])
-    contest(case, call, inputs, {"one thread": call}, threads={"ours": 2}, rounds=60)
-    gain = case.seconds["one thread"] / case.seconds["ours"]
+    others = {"one thread": call, "one thread reading": read, "two threads reading": read}
+    contest(case, call, inputs, others, threads={"ours": 2, "two threads reading": 2}, rounds=60)
+    seconds = case.seconds
+    gain = seconds["one thread"] / seconds["ours"]
+    case.note("two threads read faster than one by", seconds["one thread reading"] / seconds["two threads reading"])
+    case.note("time of two threads reading", seconds["ours"] / seconds["two threads reading"])
     if preset == "vocaset":
         case.bar("faster than one thread by", gain, least=1.5)
     else:
         case.note("faster than one thread by", gain)
 
 
-@pytest.mark.parametrize("preset", ["vocaset", "demo"])
-def test_a_long_clip_costs_what_its_frames_cost(contest, native, preset):
-    """`vocaset` as it is looks back over the whole clip, `demo` over a window."""
-    program, config = make_program(preset)
-    short, long = (60, 600) if preset == "vocaset" else (600, 6000)
-    case = rollout_case(preset, f"{long} frames", program, config, long, native)
+def test_against_transformers(contest, native):
+    """Their Jamba layers with their cache, the same weights; theirs have no rotation, so ours has none here."""
+    if reason := peers.why_absent("transformers"):
+        pytest.skip(f"transformers: {reason}")
+    program, config = make_program("vocaset", rope_base=None)
+    frames = 6
+    case = rollout_case("vocaset", "without rotation", program, config, frames, native, threads=2)
+    inputs, loop = make_inputs(config, frames), peers.jamba_loop(program)
+    mine, theirs = rollout(program, inputs[0]["x"])[0], loop(inputs[0]["x"])
+    assert (mine - theirs).norm() <= 1e-4 * theirs.norm()  # the same model
+    contest(
+        case, lambda i: rollout(program, i["x"]), inputs, {"transformers": lambda i: loop(i["x"])},
+        threads={"ours": 2, "transformers": 2}, rounds=10,
+    )  # fmt: skip
+    case.note("transformers, ms per frame", 1e3 * case.seconds["transformers"] / frames)
+    case.bar("faster than transformers by", case.seconds["transformers"] / case.seconds["ours"], least=2.5)
+
+
+def test_against_faceformer(contest, native):
+    """600 frames, vertices included on both sides."""
+    program, config = make_program("demo")
+    frames = 600
+    case = rollout_case("demo", f"{frames} frames to vertices", program, config, frames, native, threads=2)
+    to_basis = torch.randn(config.motion_rank, config.d_model)
+    basis = torch.randn(3 * config.vertices, config.motion_rank)
+    torch.manual_seed(0)
+    theirs = peers.FaceFormerLoop(config.vertices).eval()
+    audio = torch.randn(1, frames, 64)
+    name = "FaceFormer's loop"
+    contest(
+        case, lambda i: rollout(program, i["x"])[0] @ to_basis.T @ basis.T, make_inputs(config, frames),
+        {name: lambda i: theirs(audio)}, threads={"ours": 2, name: 2}, rounds=2,
+    )  # fmt: skip
+    case.note(f"{name}, ms per frame", 1e3 * case.seconds[name] / frames)
+    case.bar(f"faster than {name} by", case.seconds[name] / case.seconds["ours"], least=25)
+
+
+def test_a_long_clip_costs_what_its_frames_cost(contest, native):
+    """`demo` looks back over a window: 6000 frames whole."""
+    program, config = make_program("demo")
+    short, long = 600, 6000
+    case = rollout_case("demo", f"{long} frames", program, config, long, native)
     inputs = make_inputs(config, long)
     contest(
         case, lambda i: rollout(program, i["x"]), inputs,
         {f"{short} frames": lambda i: rollout(program, i["x"][:, :short])}, rounds=3,
     )  # fmt: skip
     case.bar(f"time of {short} frames", case.seconds["ours"] / case.seconds[f"{short} frames"], most=10.5)
+
+
+def test_a_long_clip_without_a_window(contest, native):
+    """`vocaset` looks back over the whole clip: a frame's cost is a constant and a share that grows with its position,
+    so that a clip costs its frames times the frame in its middle, which is what is timed."""
+    program, config = make_program("vocaset")
+    frames, (short, long) = 16, (600, 6000)  # of one call: few would be lost in the copy of the cache
+
+    def middle(length):
+        state = RolloutState.empty(program.layers, config.d_model, 1, frames=length)
+        for tensor in state.tensors():
+            tensor.fill_(length // 2) if tensor.dtype == torch.int64 else tensor.normal_()
+        return state
+
+    states = {length: middle(length) for length in (short, long)}
+    case = rollout_case("vocaset", f"middle of {long} frames", program, config, frames, native)
+    case.record["bytes"] += frames * sum(  # keys and values
+        8 * layer.mixer.kv_heads * layer.mixer.head_dim * long // 2
+        for layer in program.layers if isinstance(layer.mixer, AttentionMixer)
+    )  # fmt: skip
+    inputs = make_inputs(config, frames)
+    contest(
+        case, lambda i: rollout(program, i["x"], states[long]), inputs,
+        {f"middle of {short} frames": lambda i: rollout(program, i["x"], states[short])}, rounds=30,
+    )  # fmt: skip
+    ratio = long / short * case.seconds["ours"] / case.seconds[f"middle of {short} frames"]
+    case.bar(f"time of {short} frames", ratio, most=10.5)
 
 
 @pytest.mark.parametrize("preset", ["vocaset", "demo"])

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jambatalk_kernels.rollout.program import AttentionMixer, Layer, MambaMixer, MoEMLP, Program
+
 
 def why_absent(name: str) -> str | None:
     """None where the peer can be imported."""
@@ -224,3 +226,106 @@ def _flashinfer_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Ten
             for each in zip(q, k, v, strict=True)
         ]
     )
+
+
+def jamba_loop(program: Program) -> Callable[[Tensor], Tensor]:
+    """transformers' Jamba with the program's layers, weights and feedback, one frame a call over its own cache: what a
+    user of that library would write. x (1, frames, d) -> hidden (1, frames, d).
+
+    Its attention has no rotation; the best of its attention and expert paths for single tokens on a CPU are taken.
+    """
+    from transformers import DynamicCache, JambaConfig, JambaModel
+
+    layers = program.layers
+    mamba = next(layer.mixer for layer in layers if isinstance(layer.mixer, MambaMixer))
+    at = next(i for i, layer in enumerate(layers) if isinstance(layer.mixer, AttentionMixer))
+    moe = next(layer.mlp for layer in layers if isinstance(layer.mlp, MoEMLP))
+    sparse = [i for i, layer in enumerate(layers) if isinstance(layer.mlp, MoEMLP)]
+    inner, width = mamba.conv_weight.shape
+    config = JambaConfig(
+        hidden_size=program.width, intermediate_size=moe.w_out.shape[2], num_hidden_layers=len(layers),
+        num_attention_heads=layers[at].mixer.heads, num_key_value_heads=layers[at].mixer.kv_heads,
+        mamba_d_state=mamba.A.shape[1], mamba_d_conv=width, mamba_expand=inner // program.width,
+        mamba_dt_rank=mamba.dt_norm.shape[0], num_experts=moe.w_in.shape[0], num_experts_per_tok=moe.top_k,
+        attn_layer_period=len(layers), attn_layer_offset=at, expert_layer_period=sparse[1] - sparse[0],
+        expert_layer_offset=sparse[0], rms_norm_eps=program.eps, vocab_size=1, pad_token_id=0,
+        attn_implementation="sdpa", experts_implementation="eager",
+    )  # fmt: skip
+    model = JambaModel(config).eval()
+    with torch.no_grad():
+        model.final_layernorm.weight.copy_(program.final_norm)
+        for theirs, ours in zip(model.layers, layers, strict=True):
+            theirs.load_state_dict(_jamba_weights(ours))
+
+    @torch.no_grad()
+    def call(x: Tensor) -> Tensor:
+        cache, fed, hidden = DynamicCache(config=config), 0, torch.empty_like(x)
+        for frame in range(x.shape[1]):
+            given = x[:, frame : frame + 1] + fed
+            now = model(inputs_embeds=given, past_key_values=cache, use_cache=True).last_hidden_state
+            hidden[:, frame : frame + 1] = now
+            fed = F.linear(now, program.feedback, program.feedback_bias)
+        return hidden
+
+    return call
+
+
+def _jamba_weights(layer: Layer) -> dict[str, Tensor]:
+    """By the names of its layers; tests/jambatalk/test_parity.py has them from the other side."""
+    mixer, mlp = layer.mixer, layer.mlp
+    weights = {"input_layernorm.weight": mixer.norm, "pre_ff_layernorm.weight": mlp.norm}
+    if isinstance(mixer, MambaMixer):
+        named = {
+            "in_proj.weight": mixer.in_proj, "conv1d.weight": mixer.conv_weight[:, None],
+            "conv1d.bias": mixer.conv_bias, "x_proj.weight": mixer.x_proj, "dt_layernorm.weight": mixer.dt_norm,
+            "b_layernorm.weight": mixer.b_norm, "c_layernorm.weight": mixer.c_norm, "dt_proj.weight": mixer.dt_proj,
+            "dt_proj.bias": mixer.dt_bias, "A_log": (-mixer.A).log(), "D": mixer.D, "out_proj.weight": mixer.out_proj,
+        }  # fmt: skip
+        weights |= {f"mamba.{name}": tensor for name, tensor in named.items()}
+    else:
+        for name in mixer.MATRICES:
+            weights[f"self_attn.{name}.weight"] = getattr(mixer, name)
+    if isinstance(mlp, MoEMLP):
+        weights["feed_forward.router.weight"] = mlp.router
+        weights |= {"feed_forward.experts.gate_up_proj": mlp.w_in, "feed_forward.experts.down_proj": mlp.w_out}
+    else:
+        gate, up = mlp.w_in.chunk(2)
+        weights |= {"feed_forward.gate_proj.weight": gate, "feed_forward.up_proj.weight": up}
+        weights["feed_forward.down_proj.weight"] = mlp.w_out
+    return weights
+
+
+class FaceFormerLoop(torch.nn.Module):
+    """Autoregressive generation as FaceFormer's paper describes it (arXiv 2112.05329, section 3): motion of all earlier
+    frames embedded, a style added, periodic positions; one Transformer decoder layer whose self-attention is causal and
+    biased by how many periods back a frame is, and whose attention to the audio sees the frame's own feature; then to
+    vertices. Every frame goes through the whole prefix again. Written from the paper, random weights.
+
+    Kinder than the published code in one thing: only the newest frame is taken to vertices, not the prefix.
+    """
+
+    def __init__(self, vertices: int, d: int = 64, heads: int = 4, period: int = 30, most: int = 600) -> None:
+        super().__init__()
+        self.layer = torch.nn.TransformerDecoderLayer(d, heads, 2 * d, dropout=0.0, batch_first=True)
+        self.embed, self.out = torch.nn.Linear(3 * vertices, d), torch.nn.Linear(d, 3 * vertices)
+        self.style = torch.nn.Parameter(torch.randn(d))
+        place = torch.arange(most)
+        angle = (place % period)[:, None] * 10000 ** (-torch.arange(0, d, 2) / d)
+        self.register_buffer("positions", torch.stack([angle.sin(), angle.cos()], -1).flatten(1))
+        slopes = 2.0 ** (-8 * (torch.arange(heads) + 1) / heads)
+        back = place[:, None] - place
+        bias = -slopes[:, None, None] * back.div(period, rounding_mode="floor")
+        self.register_buffer("bias", bias.masked_fill(back < 0, -torch.inf))
+        self.register_buffer("alignment", torch.full((most, most), -torch.inf).fill_diagonal_(0))
+
+    @torch.no_grad()
+    def forward(self, audio: Tensor) -> Tensor:
+        """audio (1, frames, d) -> (1, frames, 3 vertices)"""
+        embedded, motion = self.style[None, None], []
+        for n in range(1, audio.shape[1] + 1):
+            hidden = self.layer(
+                embedded + self.positions[:n], audio[:, :n], self.bias[:, :n, :n], self.alignment[:n, :n]
+            )
+            motion.append(self.out(hidden[:, -1:]))
+            embedded = torch.cat([embedded, self.embed(motion[-1]) + self.style], dim=1)
+        return torch.cat(motion, dim=1)

@@ -78,6 +78,18 @@ def test_generation_at_any_split(arrangement, window):
         torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("arrangement", ["moe-moe", "m-moe", "m-m", "moe-m"])
+def test_generation_is_the_parallel_pass_over_its_own_motion_after_600_frames(arrangement):
+    model = make(arrangement=arrangement, attention_window=50)
+    features = torch.randn(2, 600, 16)
+    motion, _ = model.generate(features, "bob")
+    history = torch.nn.functional.pad(motion[:, :-1], (0, 0, 1, 0))
+    forced, _ = model.decode(features, history, "bob")
+    assert (motion - forced).norm() <= 1e-5 * forced.norm()
+    unfed, _ = model.decode(features, torch.zeros_like(history), "bob")
+    assert (motion - unfed)[:, -100:].norm() > 1e-2 * motion[:, -100:].norm()  # what is fed back matters to the end
+
+
 def test_generation_of_clips_of_different_length():
     model = make()
     features = features_of(model)

@@ -3,6 +3,9 @@ packing; interruption; what is refused."""
 
 import contextlib
 import gc
+import os
+import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,11 +178,20 @@ def test_every_option_equals_the_reference(isa, change):
     assert_states(state, end, 1e-11)
 
 
-@pytest.mark.parametrize("kinds", ["EMETEME", "MEMTMEM"])
-def test_float32_is_as_accurate_as_the_reference(kinds):
+@pytest.mark.parametrize(
+    "kinds, batch",
+    [
+        ("EMETEME", 1),
+        pytest.param("MEMTEME", 2, marks=pytest.mark.slow),
+        ("MEMTMEM", 1),
+        pytest.param("EMETMEM", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_float32_is_as_accurate_as_the_reference(kinds, batch):
+    """The four arrangements, 600 frames fed back into themselves."""
     sizes = Sizes(d=64, inner=128, rank=4, states=16, heads=4, kv_heads=1, head_dim=16, hidden=128)
     program = make_program(kinds, sizes, window=50, experts=4)
-    inputs = make_inputs(program, batch=1, frames=600).float()
+    inputs = make_inputs(program, batch=batch, frames=600).float()
     single = to(program, torch.float32)
     exact = rollout(to(single, torch.float64), inputs.double(), backend="reference")[0]
     ours, theirs = (rollout(single, inputs, backend=name)[0] for name in ("cpu", "reference"))
@@ -405,6 +417,60 @@ def test_memory_does_not_grow_with_the_clip():
     run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, cwd=Path(__file__).parent)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) < 1 << 20
+
+
+ALLOCATIONS = """
+#include <stddef.h>
+extern void *__libc_malloc(size_t), *__libc_calloc(size_t, size_t), *__libc_realloc(void *, size_t);
+extern void *__libc_memalign(size_t, size_t);
+static long count;
+long allocations(void) { return __atomic_load_n(&count, __ATOMIC_RELAXED); }
+#define COUNT __atomic_add_fetch(&count, 1, __ATOMIC_RELAXED)
+void *malloc(size_t n) { COUNT; return __libc_malloc(n); }
+void *calloc(size_t n, size_t m) { COUNT; return __libc_calloc(n, m); }
+void *realloc(void *p, size_t n) { COUNT; return __libc_realloc(p, n); }
+void *aligned_alloc(size_t a, size_t n) { COUNT; return __libc_memalign(a, n); }
+"""
+
+COUNTED = """
+import ctypes, torch
+from jambatalk_kernels.rollout import packing
+from jambatalk_kernels.rollout.program import RolloutState
+from test_rollout_native import make_program, make_inputs
+
+torch.set_num_threads(1)
+program = make_program("EMT", dtype=torch.float32)
+packed, inputs = packing.pack(program, None), make_inputs(program, batch=3, frames=200)
+tensors = RolloutState.empty(program.layers, program.width, 3, frames=200).tensors()
+lengths, hidden = torch.full((3,), 200), torch.empty_like(inputs)
+allocations = ctypes.CDLL(None).allocations
+
+def count(frames, group, workers):
+    before = allocations()
+    torch.ops.jambatalk.rollout(
+        packed.plan, packed.storage, inputs, lengths, hidden, tensors, 0, frames, 1e-6, group, workers
+    )
+    return allocations() - before
+
+for group, workers in ((1, 1), (3, 1), (3, 2)):
+    count(200, group, workers)
+    print(count(1, group, workers), count(200, group, workers))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="counts by the inner names of glibc")
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_nothing_is_allocated_in_the_loop(tmp_path):
+    (tmp_path / "count.c").write_text(ALLOCATIONS)
+    library = tmp_path / "count.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, tmp_path / "count.c"], check=True)
+    environment = os.environ | {"LD_PRELOAD": str(library)}
+    run = subprocess.run(
+        [sys.executable, "-c", COUNTED], capture_output=True, text=True, cwd=Path(__file__).parent, env=environment
+    )
+    assert run.returncode == 0, run.stderr
+    counts = [tuple(map(int, line.split())) for line in run.stdout.splitlines()]
+    assert len(counts) == 3 and all(one == many > 0 for one, many in counts), counts
 
 
 # ---- choice and errors ----------------------------------------------------------------------------------------------
