@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from jambatalk_kernels import backends, moe_mlp, moe_route
+from jambatalk_kernels import backends, load_balancing_loss, moe_mlp, moe_route
 
 # Error of a result, root mean square: at most this, and at most twice PyTorch's at the same precision.
 BARS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -12,18 +12,24 @@ SIZES = [
     (1, 64, 32, 8, 2), (7, 97, 47, 7, 7), (40, 33, 31, 5, 2), (300, 130, 70, 1, 1), (600, 512, 1024, 8, 2),
     (1200, 64, 96, 4, 4), (90, 40, 24, 256, 16),
 ]  # fmt: skip
-ROUTING = ("weights", "experts", "probabilities", "order", "offsets")
 
 
-@pytest.fixture
-def backend(device):
-    """Triton's kernels; the CPU's where this is a rehearsal."""
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request, device):
+    """Who routes; the products are Triton's on every GPU. The CPU's kernels where this is a rehearsal."""
     if device.type == "cpu":
+        if request.param == "cuda":
+            pytest.skip("a rehearsal, with the CPU's kernels")
         return "cpu"
-    reason = backends.candidates("moe_mlp", torch.empty(0, device=device))["triton"]
-    if reason is not None:
-        pytest.skip(f"backend triton: {reason}")
-    return "triton"
+    options = backends.candidates("moe_route", torch.empty(0, device=device))
+    for name in {request.param, "triton"}:
+        if options[name] is not None:
+            pytest.skip(f"backend {name}: {options[name]}")
+    return request.param
+
+
+def products(backend):
+    return "triton" if backend == "cuda" else backend
 
 
 def inputs(device, dtype, tokens, d, hidden, experts, activation="swiglu", seed=0):
@@ -39,14 +45,16 @@ def inputs(device, dtype, tokens, d, hidden, experts, activation="swiglu", seed=
     }
 
 
-def run(named, top_k, backend, activation="swiglu", renormalize=False):
-    """y, the routing and the gradient of every input under random gradients of y and of the probabilities."""
+def run(named, top_k, backend, activation="swiglu", renormalize=False, order=None):
+    """y, the routing and the gradient of every input under random gradients of all that has one."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in named.items()}
     routing = moe_route(leaves["logits"], top_k, renormalize=renormalize, backend=backend)
-    y = moe_mlp(leaves["x"], routing, leaves["w_in"], leaves["w_out"], activation=activation, backend=backend)
+    y = moe_mlp(leaves["x"], routing, leaves["w_in"], leaves["w_out"], activation=activation, backend=products(backend))
     g = torch.Generator().manual_seed(1)
-    outputs = [y, routing.probabilities]
+    outputs = [y, routing.probabilities, routing.probability_sums]
     grads = [torch.randn(t.shape, generator=g, dtype=torch.float64).to(t) for t in outputs]
+    if order is not None:
+        grads[:2] = [grad[order] for grad in grads[:2]]
     gradients = torch.autograd.grad(outputs, list(leaves.values()), grads)
     results = {"y": y, **routing._asdict()}
     results |= {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
@@ -138,10 +146,12 @@ def test_equal_bytes_over_runs_and_orders_of_the_tokens(backend, device, top_k, 
         again = run(named, top_k, backend)
         assert all(torch.equal(again[name], first[name]) for name in first)
     mixed = torch.randperm(700, generator=torch.Generator().manual_seed(2)).to(device)
-    with torch.no_grad():
-        routing = moe_route(named["logits"][mixed], top_k, backend=backend)
-        y = moe_mlp(named["x"][mixed], routing, named["w_in"], named["w_out"], backend=backend)
-    assert torch.equal(y, first["y"][mixed]) and torch.equal(routing.experts, first["experts"][mixed])
+    moved = run(named | {name: named[name][mixed] for name in ("logits", "x")}, top_k, backend, order=mixed)
+    for name in ("y", "weights", "experts", "probabilities", "dx", "dlogits"):
+        assert torch.equal(moved[name], first[name][mixed]), name
+    # Sums over the tokens, in their order, which has changed: equal up to the rounding of the sums.
+    for name in ("probability_sums", "dw_in", "dw_out"):
+        assert error(moved[name], first[name]) <= BARS[moved[name].dtype], name
 
 
 @pytest.mark.parametrize("tokens", [1, 300])
@@ -170,8 +180,9 @@ def test_in_a_cuda_graph(backend, device, tokens):
 def capturable(named, backend):
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in named.items()}
     routing = moe_route(leaves["logits"], 2, backend=backend)
-    y = moe_mlp(leaves["x"], routing, leaves["w_in"], leaves["w_out"], backend=backend)
-    return y.detach(), *routing[1:], *torch.autograd.grad(y.square().sum(), list(leaves.values()))
+    y = moe_mlp(leaves["x"], routing, leaves["w_in"], leaves["w_out"], backend=products(backend))
+    loss = y.square().sum() + load_balancing_loss(routing)
+    return y.detach(), *(t.detach() for t in routing), *torch.autograd.grad(loss, list(leaves.values()))
 
 
 def test_does_not_synchronise(backend, device):
@@ -191,7 +202,8 @@ def test_compiles_without_a_graph_break(backend, device):
 
     def loss(leaves):
         routing = moe_route(leaves["logits"], 2, backend=backend)
-        return moe_mlp(leaves["x"], routing, leaves["w_in"], leaves["w_out"], backend=backend).square().sum()
+        y = moe_mlp(leaves["x"], routing, leaves["w_in"], leaves["w_out"], backend=products(backend))
+        return y.square().sum() + load_balancing_loss(routing)
 
     results = []
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager" if device.type == "cpu" else "inductor")
@@ -215,5 +227,5 @@ def test_wild_indices_read_nothing_out_of_range(backend, device):
             for t in (routing.order, routing.offsets)
         )
         wild = routing._replace(order=order, offsets=offsets)
-        y = moe_mlp(named["x"], wild, named["w_in"], named["w_out"], backend=backend)
+        y = moe_mlp(named["x"], wild, named["w_in"], named["w_out"], backend=products(backend))
         assert torch.autograd.grad(y.sum(), named["x"])[0].shape == (100, 32)
