@@ -24,6 +24,7 @@ class Card:
     clock: float  # boost, Hz
     dram: float  # bytes per second, by the datasheet
     copy_share: float  # of it that a copy reaches
+    matrix: float  # bfloat16 products summed in float32, dense, operations per second by the datasheet
     cache: int  # L2 bytes
     source: str
 
@@ -42,13 +43,25 @@ class Card:
 
 _GUESS = "share of a copy assumed, as of its neighbours here"
 CARDS = (
-    Card("NVIDIA A100-SXM4-80GB", 80, 108, 1.41e9, 2039e9, 0.90, 40 << 20, f"NVIDIA A100 datasheet; {_GUESS}"),
-    Card("NVIDIA GeForce RTX 3090", 86, 82, 1.695e9, 936e9, 0.92, 6 << 20, f"GA102 whitepaper; {_GUESS}"),
-    Card("NVIDIA GeForce RTX 4090", 89, 128, 2.52e9, 1008e9, 0.92, 72 << 20, "Ada whitepaper; kernels.md 1.0"),
+    Card("NVIDIA A100-SXM4-80GB", 80, 108, 1.41e9, 2039e9, 0.90, 312e12, 40 << 20, f"NVIDIA A100 datasheet; {_GUESS}"),
+    Card("NVIDIA GeForce RTX 3090", 86, 82, 1.695e9, 936e9, 0.92, 71e12, 6 << 20, f"GA102 whitepaper; {_GUESS}"),
+    Card(
+        "NVIDIA GeForce RTX 4090", 89, 128, 2.52e9, 1008e9, 0.92, 165.2e12, 72 << 20, "Ada whitepaper; kernels.md 1.0"
+    ),
     # A copy moved 4.3 TB/s on an H200 that this project's tools know (no run of ours).
-    Card("NVIDIA H200", 90, 132, 1.98e9, 4800e9, 0.90, 50 << 20, "NVIDIA H200 datasheet; kernels.md 1.0"),
-    Card("NVIDIA B200", 100, 148, 1.965e9, 7700e9, 0.90, 126 << 20, f"NVIDIA B200 datasheet; {_GUESS}"),
-    Card("NVIDIA GeForce RTX 5090", 120, 170, 2.41e9, 1792e9, 0.88, 96 << 20, "Blackwell whitepaper; kernels.md 1.0"),
+    Card("NVIDIA H200", 90, 132, 1.98e9, 4800e9, 0.90, 989e12, 50 << 20, "NVIDIA H200 datasheet; kernels.md 1.0"),
+    Card("NVIDIA B200", 100, 148, 1.965e9, 7700e9, 0.90, 2250e12, 126 << 20, f"NVIDIA B200 datasheet; {_GUESS}"),
+    Card(
+        "NVIDIA GeForce RTX 5090",
+        120,
+        170,
+        2.41e9,
+        1792e9,
+        0.88,
+        209.5e12,
+        96 << 20,
+        "Blackwell whitepaper; kernels.md 1.0",
+    ),
 )
 
 

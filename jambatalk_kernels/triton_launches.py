@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable
 from types import ModuleType
 from unittest.mock import patch
@@ -21,18 +23,21 @@ def recorded_launches(module: ModuleType, label: str, run: Callable[[], object])
     """The launches of `module`'s kernels that `run()` makes, on meta tensors, as cases for `triton.compile`.
 
     A case has ``name`` (the kernel's, and `label`), ``kernel``, ``signature`` (":16" where a launch would see a
-    multiple of 16), ``constexprs`` (among them the integers that are 1, as in a launch), ``num_warps``, ``num_stages``.
+    multiple of 16), ``constexprs`` (among them the integers that are 1, as in a launch), ``num_warps``, ``num_stages``
+    and ``launches``: for each launch its ``turn`` among those of `run()`, its ``grid``, and ``sizes``, the integers
+    among its arguments.
     """
     cases: list[dict] = []
+    turns = itertools.count()
 
     class Recorder:
         def __init__(self, kernel):
             self.kernel = kernel
 
         def __getitem__(self, grid):
-            return self.record
+            return functools.partial(self.record, grid)
 
-        def record(self, *arguments, num_warps=4, num_stages=3, **constants):
+        def record(self, grid, *arguments, num_warps=4, num_stages=3, **constants):
             kernel = self.kernel
             named = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
             signature = {name: "constexpr" if name in constants else _kind(named[name]) for name in kernel.arg_names}
@@ -43,10 +48,14 @@ def recorded_launches(module: ModuleType, label: str, run: Callable[[], object])
                 "num_warps": num_warps,
                 "num_stages": num_stages,
             }
-            if case not in [{key: other[key] for key in case} for other in cases]:
+            same = next((other for other in cases if all(other[key] == case[key] for key in case)), None)
+            if same is None:
                 again = sum(other["kernel"] is kernel for other in cases)
                 name = f"{kernel.__name__.strip('_')} {label}" + (f" ({again + 1})" if again else "")
-                cases.append({"name": name, **case})
+                same = {"name": name, **case, "launches": []}
+                cases.append(same)
+            sizes = {name: value for name, value in named.items() if type(value) is int}
+            same["launches"].append({"turn": next(turns), "grid": list(grid), "sizes": sizes})
 
     kernels = {name: Recorder(v) for name, v in vars(module).items() if isinstance(v, triton.JITFunction)}
     with patch.multiple(module, **kernels), torch.device("meta"):

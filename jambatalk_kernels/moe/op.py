@@ -89,8 +89,10 @@ def moe_mlp(
 
     Returns:
         (tokens, d_out) in the dtype of x. Gradients for x, w_in, w_out and routing.weights; a second derivative works
-        on `reference` and raises on the others. Under autocast the products are in autocast's dtype. Deterministic,
-        whatever the order of the tokens.
+        on `reference` and raises on the others. Under autocast the products are in autocast's dtype. Deterministic:
+        equal bytes on every run; and y and the gradients of x and of routing.weights are the same bytes for a token
+        wherever in the batch it stands. Those of w_in and w_out are sums over the tokens in their order, so that
+        another order changes their rounding.
 
     Cost: 2 * tokens * top_k * hidden * (2 d + d_out) operations for swiglu, which bind it. On `cpu` each expert's
     products are PyTorch's own on one contiguous segment of its tokens (no product of ours was faster there); up to 16
@@ -192,8 +194,13 @@ class _MoEMLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y):
+        *saved, preactivation = ctx.saved_tensors
+        if ctx.backend == "triton" and not torch.compiler.is_compiling():
+            # The largest tensor, and read first: handed over, so that it goes then, unless the graph is to be kept.
+            ctx.maybe_clear_saved_tensors()
+            preactivation = [preactivation]
         dx, dweights, dw_in, dw_out = first_derivative(
-            "moe_mlp", _MLP_BACKWARD[ctx.backend], grad_y, *ctx.saved_tensors, ctx.activation
+            "moe_mlp", _MLP_BACKWARD[ctx.backend], grad_y, *saved, preactivation, ctx.activation
         )
         return dx, dweights, None, None, None, dw_in, dw_out, None, None
 

@@ -52,6 +52,7 @@ class Code:
     shared_bytes: int = 0
     warps: int = 0
     constants: dict[str, int] = field(default_factory=dict)  # of a Triton kernel: its integer constexprs
+    launches: tuple[dict, ...] = ()  # of a Triton kernel: see jambatalk_kernels/triton_launches.py
 
     def count(self, pattern: str) -> int:
         """Instructions whose opcode begins with ``pattern``, a regular expression: ``LDG.*\\.128``, ``MUFU\\.EX2``."""
@@ -172,6 +173,7 @@ def compile_triton(module: str, capability: int, only: tuple[str, ...] = ()) -> 
             return Code(
                 facts["name"], code.instructions, code.labels, usage["REG"], usage["STACK"],
                 shared_bytes=facts["shared"], warps=facts["warps"], constants=facts["constants"],
+                launches=tuple(facts["launches"]),
             )  # fmt: skip
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -228,7 +230,7 @@ def _compile_case(capability: int, folder: Path, index: int) -> dict:
     constants = {name: value for name, value in constexprs.items() if type(value) is int}
     return {
         "name": case["name"], "cubin": cubin.name, "shared": compiled.metadata.shared,
-        "warps": compiled.metadata.num_warps, "constants": constants,
+        "warps": compiled.metadata.num_warps, "constants": constants, "launches": case.get("launches", []),
     }  # fmt: skip
 
 
