@@ -7,6 +7,7 @@ without either there is one process.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -108,6 +109,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return _fail(str(error).splitlines()[0])
     if main_process:
+        if importlib.util.find_spec("tensorboard") is None:
+            print("tensorboard is not installed (extra `train`): figures go to log.jsonl alone", file=sys.stderr)
         if checkpoint is not None:
             print(f"resumed at step {trainer.step}", file=sys.stderr)
         if corpus.missing:

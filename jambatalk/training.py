@@ -338,7 +338,8 @@ class Trainer:
             raise TrainingError(f"training needs more packages: pip install 'jambatalk[train]' ({error})") from None
         # Mixed precision is ours (`Objective`): losses and rollouts stay in float32.
         parallel = DistributedDataParallelKwargs(broadcast_buffers=False)
-        self.accelerator = Accelerator(mixed_precision="no", cpu=device == "cpu", kwargs_handlers=[parallel])
+        cpu = device == "cpu" or not torch.cuda.is_available()  # Accelerate would also take what no kernel here is for
+        self.accelerator = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=[parallel])
         self.processes, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.device = self.accelerator.device
         self.options, self.corpus, self.out = options, corpus, Path(out)

@@ -327,6 +327,22 @@ def test_two_processes_have_the_gradient_of_one(corpus, tmp_path):
     torch.testing.assert_close(gradient2, gradient, rtol=1e-3, atol=1e-5 * gradient.abs().max().item())
 
 
+@pytest.mark.slow
+def test_the_command_on_two_processes_trains_as_on_one(corpus, tmp_path):
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    vertex = []
+    for name, more in (("one", []), ("two", launch)):
+        arguments = command_line(corpus.directory, tmp_path / name, tmp_path, "--steps", "6", "--save-every", "2")
+        command = [sys.executable, "-m", *more, "jambatalk.train", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.strip() == str(tmp_path / name / "model.safetensors")
+        lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        vertex.append([line["vertex"] for line in lines if "vertex" in line])
+    assert len(vertex[0]) == 6
+    np.testing.assert_allclose(vertex[1], vertex[0], rtol=1e-3)  # each process has its own dropout
+
+
 def test_a_batch_must_have_a_clip_for_every_process(corpus, tmp_path, monkeypatch):
     from accelerate import Accelerator
 
