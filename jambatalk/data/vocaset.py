@@ -232,6 +232,11 @@ class Corpus:
         else:
             sentences = {split: [f"sentence{i:02d}" for i in numbers[split]] for split in names}
         self._sentences: dict[str, list[str]] = written.get("sentences") or sentences
+        lists = [*self.splits.values(), *self._sentences.values()] if isinstance(self._sentences, dict) else [None]
+        if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists):
+            raise CorpusError(f"{self.directory / 'splits.json'}: expected lists of names, by split")
+        if absent := [split for split in self.splits if split not in self._sentences]:
+            raise CorpusError(f"{self.directory / 'splits.json'}: no sentences of {absent[0]}")
 
     def _faces(self) -> np.ndarray | None:
         path = self.directory / "faces.npy"
@@ -267,14 +272,17 @@ class Corpus:
         except (ValueError, OSError, pickle.UnpicklingError) as error:
             raise CorpusError(f"{path}: cannot be read ({_one_line(error)})") from None
 
-    def _json(self, name: str):
+    def _json(self, name: str) -> dict | None:
         path = self.directory / name
         if not path.exists():
             return None
         try:
-            return json.loads(path.read_text("utf-8"))
+            value = json.loads(path.read_text("utf-8"))
         except ValueError as error:
             raise CorpusError(f"{path}: not valid JSON ({error})") from None
+        if not isinstance(value, dict):
+            raise CorpusError(f"{path}: expected a JSON object, found {type(value).__name__}")
+        return value
 
     # Clips
 

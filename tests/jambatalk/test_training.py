@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -522,6 +523,29 @@ def test_going_on_keeps_the_options_and_can_replace_them(corpus, tmp_path, capsy
     assert "resumed at step 2" in capsys.readouterr().err
     saved = TrainingOptions.of_checkpoint(newest_checkpoint(out))
     assert (saved.steps, saved.seed, saved.batch, saved.ema) == (3, 7, 2, 0.995)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("anny", "hibari")) or shutil.which("flite") is None,
+    reason="a synthetic corpus needs `anny`, `hibari-tts` (extra `synthetic`) and Debian's `flite`",
+)
+def test_the_experiment_on_a_synthetic_corpus(tmp_path):
+    """synthesize, train, infer, as the README has it, at the smallest size."""
+
+    def run(*command):
+        done = subprocess.run([sys.executable, "-m", *map(str, command)], capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    corpus, out = tmp_path / "corpus", tmp_path / "run"
+    run("jambatalk.synthesize", corpus, "--identities", "3", "--sentences", "2")
+    assert "train      1 of 1 subjects, 2 sequences" in run("jambatalk.data.vocaset", corpus)
+    train = ["jambatalk.train", corpus, "--preset", "demo", "--steps", "3", "--batch", "2", "--out", out]
+    assert run(*train, "--precision", "bf16").strip() == str(out / "model.safetensors")
+    run("jambatalk.infer", "--model", out, "-o", tmp_path / "face.npz")
+    face = np.load(tmp_path / "face.npz")
+    assert face["vertices"].shape[1:] == (5085, 3) and np.isfinite(face["vertices"]).all()
 
 
 def test_without_accelerate_one_line_says_what_to_install(corpus, tmp_path, monkeypatch):

@@ -368,6 +368,18 @@ def test_a_pickle_of_any_protocol_with_arrays_is_read(tmp_path):
         assert value["b"] == [2, 3]
 
 
+SPLITS = ["[]", "{", '{"train": "id0"}', '{"train": [1]}', '{"sentences": ["a"]}', '{"sentences": {"train": []}}']
+
+
+@pytest.mark.parametrize("text", SPLITS)
+def test_splits_that_are_none_are_one_clear_line(tmp_path, text):
+    folder = write_corpus(tmp_path)
+    (folder / "splits.json").write_text(text)
+    with pytest.raises(CorpusError, match=r"splits\.json: (expected|not valid|no sentences)") as error:
+        Corpus(folder)
+    assert "\n" not in str(error.value)
+
+
 def test_nothing_in_a_refused_pickle_runs(tmp_path):
     class Evil:
         def __reduce__(self):
