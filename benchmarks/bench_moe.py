@@ -250,10 +250,17 @@ def peak_memory(call, i):
     return torch.cuda.max_memory_allocated() - before
 
 
+def peak_bar(case, ours, others, i, most):
+    """What one call allocates at most, against PyTorch's grouped product composed: in eager mode, without a graph."""
+    case.bar("peak memory, of grouped_mm's", peak_memory(ours, i) / peak_memory(others["grouped_mm"], i), most=most)
+
+
 def cuda_layers(shape, grad):
+    """-> peers by name, what one of them takes instead of the inputs, why others are absent, and the inputs."""
     composed, absent = peers.experts("cuda")
     inputs = rotation(lambda s: layer_inputs(*shape, torch.bfloat16, "cuda", s, grad), "cuda", most=8)
-    return {name: layer_of(experts) for name, experts in composed.items()}, absent, inputs
+    others, held, reasons = transformers_layers(inputs, ("grouped_mm",))
+    return others | {name: layer_of(experts) for name, experts in composed.items()}, held, absent | reasons, inputs
 
 
 def against_peers(case, names):
@@ -266,10 +273,11 @@ def against_peers(case, names):
 @only_triton
 @pytest.mark.parametrize("shape", [CLIP, LARGE, WIDE], ids=["clip", "large", "wide"])
 def test_cuda_forward(contest, gpu, shape):
-    others, absent, inputs = cuda_layers(shape, grad=False)
+    others, held, absent, inputs = cuda_layers(shape, grad=False)
     case = layer_case("forward", shape, "bfloat16", "cuda", backend=gpu)
     with torch.no_grad():
-        contest(case, lambda i: layer(i, gpu), inputs, others, absent=absent, rounds=50)
+        contest(case, lambda i: layer(i, gpu), inputs, others, absent=absent, peer_inputs=held, rounds=50)
+        peak_bar(case, lambda i: layer(i, gpu), others, inputs[0], most=0.7)
     against_peers(case, others)
     least = card_bars(0) if shape != CLIP else None
     case.bar("TFLOP/s", flops(case, case.seconds["ours"]) / 1e12, least=least)
@@ -279,7 +287,7 @@ def test_cuda_forward(contest, gpu, shape):
 @pytest.mark.parametrize("shape", [CLIP, LARGE], ids=["clip", "large"])
 def test_cuda_backward(contest, gpu, shape):
     """Backward is what forward and backward take beyond forward: only whole calls go into a CUDA graph."""
-    others, absent, inputs = cuda_layers(shape, grad=True)
+    others, held, absent, inputs = cuda_layers(shape, grad=True)
     absent["vllm"] = absent.get("vllm", "has no backward")
     others.pop("vllm", None)
     case = layer_case("forward and backward", shape, "bfloat16", "cuda", backend=gpu)
@@ -290,29 +298,30 @@ def test_cuda_backward(contest, gpu, shape):
     contest(
         case, training(ours), inputs,
         {"forward": lambda i: ours(i).detach(), **{name: training(call) for name, call in others.items()}},
-        absent=absent, rounds=30,
+        absent=absent, peer_inputs=held, rounds=30,
     )  # fmt: skip
     against_peers(case, others)
     seconds = case.seconds["ours"] - case.seconds["forward"]
     case.bar("TFLOP/s backward", flops(case, seconds) * 2 / 3 / 1e12, least=card_bars(1) if shape == LARGE else None)
-    memory = [peak_memory(training(call), inputs[0]) for call in (ours, others["grouped_mm"])]
-    case.bar("peak memory, of grouped_mm's", memory[0] / memory[1], most=0.7)
+    # Of a clip's peak the weights' gradients, which both allocate, are three quarters: there the ratio is a figure.
+    wrapped = {name: training(call) for name, call in others.items()}
+    peak_bar(case, training(ours), wrapped, inputs[0], most=0.7 if shape == LARGE else None)
 
 
 @only_triton
 def test_cuda_one_token(contest, gpu):
     shape = (1, *CLIP[1:])
-    others, absent, inputs = cuda_layers(shape, grad=False)
+    others, held, absent, inputs = cuda_layers(shape, grad=False)
     case = layer_case("forward", shape, "bfloat16", "cuda", backend=gpu)
     with torch.no_grad():
-        contest(case, lambda i: layer(i, gpu), inputs, others, absent=absent, rounds=50)
+        contest(case, lambda i: layer(i, gpu), inputs, others, absent=absent, peer_inputs=held, rounds=50)
     against_peers(case, others)
     case.note("microseconds", case.seconds["ours"] * 1e6)
 
 
-@only_triton
 @pytest.mark.parametrize("tokens", [600, 8192])
 def test_cuda_route(contest, gpu, tokens):
+    """Up to 16k assignments in 8 us, by Triton and by CUDA C++."""
     case = Case(
         f"moe_route ({tokens}, {EXPERTS}) top {TOP_K} float32, {gpu}",
         "moe_route", "cuda", bytes=tokens * (8 * EXPERTS + 12 * TOP_K), operations={"exp": tokens * EXPERTS},
@@ -329,4 +338,4 @@ def test_cuda_route(contest, gpu, tokens):
     with torch.no_grad():
         contest(case, lambda i: moe_route(i["logits"], TOP_K, backend=gpu), inputs, {"torch": composed}, rounds=50)
     case.bar("microseconds", case.seconds["ours"] * 1e6, most=8)
-    case.note("faster than torch by", case.seconds["torch"] / case.seconds["ours"])
+    case.bar("faster than torch by", case.seconds["torch"] / case.seconds["ours"], least=1.0)
