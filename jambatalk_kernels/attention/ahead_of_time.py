@@ -22,12 +22,20 @@ SIZES = (
     (torch.bfloat16, 1, 600, 8, 1, 64, dict(causal=False, interleaved=True)),
     (torch.bfloat16, 1, 4096, 8, 2, 64, dict(causal=True, window=512, packed=True)),
     (torch.float16, 1, 40, 2, 2, 80, dict(causal=True, window=1)),  # one tile of queries; the head is padded
+    (torch.bfloat16, 1, 20, 2, 2, 256, dict(causal=True)),
+    (torch.bfloat16, 4, 4096, 8, 8, 32, dict(causal=True)),
+    (torch.bfloat16, 1, 600, 4, 4, 128, dict(causal=True)),
+    (torch.bfloat16, 1, 600, 4, 4, 256, dict(causal=True)),
     (torch.bfloat16, 1, 1, 1, 1, 16, dict(causal=True)),  # sizes of 1 are constants to the compiler
     (torch.float32, 1, 600, 8, 1, 64, dict(causal=True)),
     (torch.float32, 1, 600, 4, 4, 128, dict(causal=True)),
     (torch.float32, 1, 600, 4, 4, 256, dict(causal=True)),
+    (torch.float32, 1, 20, 2, 2, 64, dict(causal=True)),
+    (torch.float32, 1, 20, 2, 2, 256, dict(causal=True)),
+    (torch.float32, 1, 100, 4, 4, 64, dict(causal=True, capacity=600, window=600)),
     (torch.bfloat16, 1, 512, 8, 1, 64, dict(causal=True, capacity=4096)),  # a chunk against a cache
     (torch.bfloat16, 1, 512, 4, 4, 128, dict(causal=True, capacity=600, window=600)),
+    (torch.bfloat16, 4, 4096, 4, 4, 256, dict(causal=True, capacity=4096)),
 )
 
 # dtype, batch, heads, kv_heads, head_dim, capacity, window
@@ -56,8 +64,8 @@ def _run(dtype, batch, length, heads, kv_heads, head_dim, options) -> None:
         slots = (torch.empty(batch, options["capacity"], kv_heads, head_dim, dtype=dtype) for _ in range(2))
         cache = (*slots, torch.empty(batch, dtype=torch.int64))
         kernels.attention_append(k, v, cos, sin, *cache, masks[3])
-    y, logsumexp = kernels.attention_forward(q, k, v, cos, sin, *masks, *cache, True)
-    kernels.attention_backward(y, q, k, v, cos, sin, y, logsumexp, *masks, *cache)
+    y, softmax = kernels.attention_forward(q, k, v, cos, sin, *masks, *cache, True)
+    kernels.attention_backward(y, q, k, v, cos, sin, y, softmax, *masks, *cache)
 
 
 def _run_step(dtype, batch, heads, kv_heads, head_dim, capacity, window) -> None:

@@ -67,20 +67,25 @@ def forward_plan(
 ) -> ForwardPlan:
     """`group` query heads share a key head; `groups` = batch * kv_heads. capacity: of the cache, 0 without one."""
     width = padded_head_dim(head_dim)
-    large = device.capability in _LARGE_SHARED
+    large, warp_groups = device.capability in _LARGE_SHARED, device.capability in _WARP_GROUPS
     if itemsize == 4:  # no matrix instructions: registers bound the tile
-        block_m, block_n, warps, stages = (64, 32, 4, 2) if width <= 64 else (32, 32, 8, 2 if width <= 128 else 1)
+        block_m, block_n, warps, stages = (
+            (64, 32, 4, 2) if width <= 64 else (32, 32, 8, 1) if width == 128 else (16, 16, 8, 1)
+        )
     elif width <= 64:
         block_m, block_n, warps, stages = (128, 128, 8, 2) if large else (128, 64, 8, 2)
     elif width == 128:
-        block_m, block_n, warps, stages = (128, 64, 8, 3) if large else (128, 64, 8, 2)
+        block_m, block_n, warps, stages = (128, 64, 8, 3) if warp_groups else (128, 32, 8, 3 if large else 2)
     else:
-        block_m, block_n, warps, stages = (128, 32, 8, 3) if large else (64, 32, 8, 2)
+        block_m, block_n, warps, stages = (128, 32, 8, 3) if warp_groups else (64, 32, 8, 2)
     chosen = _least_rows(length * group, groups, block_m, device)
     if chosen < block_m:
         warps = max(4 if width <= 128 else warps, warps * chosen // block_m)
+    rotate_on_load = capacity == 0 and _cdiv(length * group, chosen) <= ROTATE_ON_LOAD_TILES
+    if rotate_on_load:  # what a rotation reads takes registers
+        block_n, stages = min(block_n, 32 if width <= 64 else 16), 1
     tile = Tile(chosen, min(block_n, max(16, next_power_of_2(capacity + length))), warps, stages)
-    return ForwardPlan(tile, capacity == 0 and _cdiv(length * group, chosen) <= ROTATE_ON_LOAD_TILES)
+    return ForwardPlan(tile, rotate_on_load)
 
 
 def backward_plan(
@@ -91,15 +96,14 @@ def backward_plan(
     warp_groups = device.capability in _WARP_GROUPS
     if itemsize == 4:
         if width <= 64:
-            queries, keys = Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)
+            queries, keys = Tile(32, 32, 4, 1), Tile(32, 32, 8, 1)
         else:
-            queries, keys = (Tile(16, 16, 4, 1),) * 2 if width > 128 else (Tile(32, 16, 4, 1),) * 2
+            queries, keys = (Tile(32, 16, 8, 1),) * 2 if width == 128 else (Tile(16, 16, 8, 1),) * 2
     elif width <= 64:
-        queries, keys = Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)
+        queries, keys = Tile(128, 64, 8, 2), Tile(64 if warp_groups else 32, 128, 8, 2)
     elif width == 128:
-        queries, keys = (
-            (Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)) if warp_groups else (Tile(64, 64, 8, 1), Tile(64, 64, 8, 1))
-        )
+        queries = Tile(128, 64 if warp_groups else 32, 8, 2)
+        keys = Tile(32, 128, 8, 2) if warp_groups else Tile(64, 64, 8, 1)
     else:
         queries, keys = Tile(128, 32, 8, 1) if warp_groups else Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)
     held = keys.block_n

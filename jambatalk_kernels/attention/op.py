@@ -54,11 +54,11 @@ def rope_attention(
 
     On a CPU C++ runs, on a GPU Triton up to head_dim 256 (not float64); both flash style: memory O(length), the
     rotation applied on load, keys read once per group; saved for backward are the inputs, the result, one number per
-    query and head, and a copy of the cache where there is one. Elsewhere, and as the definition, torch's own attention
-    runs behind the rotation. Not so on a CPU, where that was measured (benchmarks/bench_attention.py; Zen 5 with
-    AVX-512, two threads, (1, 600, 8 heads, 1 kv head, 64), float32, causal): fusing the rotation around torch's kernel
-    saves the 3 % that the rotation takes; a kernel of our own saves three quarters, as torch's multiplies at a third of
-    the speed of its matrix product.
+    query and head (Triton: two), and a copy of the cache where there is one. Elsewhere, and as the definition, torch's
+    own attention runs behind the rotation. Not so on a CPU, where that was measured (benchmarks/bench_attention.py; Zen
+    5 with AVX-512, two threads, (1, 600, 8 heads, 1 kv head, 64), float32, causal): fusing the rotation around torch's
+    kernel saves the 3 % that the rotation takes; a kernel of our own saves three quarters, as torch's multiplies at a
+    third of the speed of its matrix product.
 
     Raises:
         TypeError, ValueError: a bad dtype, shape, device or range, naming the argument; a cache without room
@@ -291,6 +291,12 @@ def _fake_attention(q, k, v, cos, sin, causal, window, scale, interleaved, cu_se
     return q.new_empty(q.shape), q.new_empty((batch, heads, length) if save else (0,), dtype=dtype)
 
 
+def _fake_triton_attention(q, *arguments):
+    """Its logsumexp has two parts, so that in float32 no digit of large scores is lost."""
+    y, logsumexp = _fake_attention(q, *arguments)
+    return y, logsumexp.new_empty((2, *logsumexp.shape)) if arguments[-1] else logsumexp
+
+
 def _fake_attention_backward(grad_y, q, k, v, cos, sin, *_):
     return tuple(tensor.new_empty(tensor.shape) for tensor in (q, k, v, cos, sin))
 
@@ -320,7 +326,7 @@ SCHEMAS = (
 _MODULE = "jambatalk_kernels.attention.triton"
 
 # Backend -> the op that runs it.
-_FORWARD = {"triton": TritonOp(SCHEMAS[0], _MODULE, "attention_forward", _fake_attention)}
+_FORWARD = {"triton": TritonOp(SCHEMAS[0], _MODULE, "attention_forward", _fake_triton_attention)}
 _BACKWARD = {"triton": TritonOp(SCHEMAS[1], _MODULE, "attention_backward", _fake_attention_backward)}
 _APPEND = {"triton": TritonOp(SCHEMAS[2], _MODULE, "attention_append", _fake_attention_append)}
 _STEP = {"triton": TritonOp(SCHEMAS[3], f"{_MODULE}_step", "attention_step", _fake_attention_step)}

@@ -23,7 +23,9 @@ own, for after the queries have seen what it overwrites. Cached keys get no grad
 
 Packed positions outside of every sequence see nothing and nobody sees them.
 
-Saved: y and the logsumexp of each row, natural, float32; -inf where a row saw nothing (its y and gradients are zero).
+Saved: y, and of each row's softmax the largest score, in units of log2, and the sum, float32: the op's logsumexp in two
+parts. In half precision they become one; in float32 that would be rounded by an ulp of the largest score, and the
+weights by as much, several times what PyTorch's are. A row that saw nothing has 0 and 1; its y and gradients are zero.
 Every sum has a fixed order and nothing is added by atomics: dk and dv by programs that own keys (where these are too
 few, by some per group of heads, whose parts are added in order), dq by programs that own queries, dcos and dsin in a
 last pass over positions, heads in order, which also turns dq' and dk' back.
@@ -52,7 +54,6 @@ from jambatalk_kernels.triton_interpreter import dot, rounded
 __all__ = ["attention_append", "attention_backward", "attention_forward"]
 
 LOG2_E = 1.4426950408889634
-_LOG2_E = tl.constexpr(LOG2_E)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -321,17 +322,18 @@ def _forward_tiles(
                 MASKED, CACHED, EVEN_D, BLOCK_N, BLOCK_D,
             )  # fmt: skip
         scores = tl.zeros((queries.shape[0], BLOCK_N), tl.float32)
-        scores = dot(queries, tl.trans(keys), scores, PRECISION) * scale
+        scores = dot(queries, tl.trans(keys), scores, PRECISION)
         if MASKED:
             seen = (place[None, :] >= low[:, None]) & (place[None, :] < high[:, None])
             scores = tl.where(seen, scores, -float("inf"))
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))
         if MASKED:  # a row may have seen nothing so far
-            shift = tl.where(new_maximum == -float("inf"), 0.0, new_maximum)
+            shift = tl.where(new_maximum == -float("inf"), 0.0, new_maximum) * scale
         else:
-            shift = new_maximum
-        shrink = tl.exp2(maximum - shift)
-        weights = tl.exp2(scores - shift[:, None])
+            shift = new_maximum * scale
+        # The product with scale is not rounded by itself: large scores would lose digits that their differences need.
+        shrink = tl.exp2(tl.fma(maximum, scale, -shift))
+        weights = tl.exp2(tl.fma(scores, scale, -shift[:, None]))
         normalizer = normalizer * shrink + tl.sum(weights, 1)
         total = total * shrink[:, None]
         values = _load_keys(
@@ -345,7 +347,7 @@ def _forward_tiles(
 
 @triton.jit
 def _forward_kernel(
-    q, k, v, cos, sin, cache_k, cache_v, cache_position, starts, stops, y, logsumexp,
+    q, k, v, cos, sin, cache_k, cache_v, cache_position, starts, stops, y, softmax,
     length, kv_heads, half, groups, tiles, window, capacity, scale,
     q_b, q_t, q_h, q_d, k_b, k_t, k_h, k_d, v_b, v_t, v_h, v_d,
     cos_b, cos_t, cos_h, cos_d, sin_b, sin_t, sin_h, sin_d,
@@ -400,16 +402,30 @@ def _forward_kernel(
         mask=inside[:, None] & (f < 2 * half)[None, :],
     )
     if SAVE:
-        value = tl.where(nothing, -float("inf"), (maximum + tl.log2(normalizer)) * _LN_2)
-        tl.store(logsumexp + (batch * kv_heads * GROUP + head) * length + position, value, mask=inside)
+        rows_in_all = tl.cast(groups, tl.int64) * GROUP * length
+        at = (batch * kv_heads * GROUP + head) * length + position
+        tl.store(softmax + at, tl.where(nothing, 0.0, maximum * scale), mask=inside)
+        tl.store(softmax + rows_in_all + at, normalizer, mask=inside)
 
 
 # ---- backward -------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
+def _load_softmax(softmax, rows_in_all, at, inside, EXACT: tl.constexpr):
+    """softmax: the largest scores; the sums, rows_in_all further. -> shift and share of the rows `at`: weights are
+    exp2(score - shift) * share, without EXACT exp2(score - shift)."""
+    shift = tl.load(softmax + at, mask=inside, other=0.0)
+    normalizer = tl.load(softmax + rows_in_all + at, mask=inside, other=1.0)
+    if EXACT:
+        return shift, 1.0 / normalizer
+    else:
+        return shift + tl.log2(normalizer), normalizer
+
+
+@triton.jit
 def _query_gradient_tiles(
-    queries, grads, total, logsumexp, delta, low, high, first, last, k, v, k_t, v_t, v_d,
+    queries, grads, total, shift, share, delta, low, high, first, last, k, v, k_t, v_t, v_d,
     cache_k, cache_v, cache_k_t, cache_k_d, cache_v_t, cache_v_d, capacity, turn, filled, length, features, scale,
     MASKED: tl.constexpr, CACHED: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -424,12 +440,14 @@ def _query_gradient_tiles(
             MASKED, CACHED, EVEN_D, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         scores = tl.zeros((queries.shape[0], BLOCK_N), tl.float32)
-        scores = dot(queries, tl.trans(keys), scores, PRECISION) * scale - logsumexp[:, None]
+        scores = tl.fma(dot(queries, tl.trans(keys), scores, PRECISION), scale, -shift[:, None])
         if MASKED:
             place = start + tl.arange(0, BLOCK_N)
             seen = (place[None, :] >= low[:, None]) & (place[None, :] < high[:, None])
             scores = tl.where(seen, scores, -float("inf"))
         weights = tl.exp2(scores)
+        if queries.dtype == tl.float32:
+            weights *= share[:, None]
         slopes = tl.zeros((queries.shape[0], BLOCK_N), tl.float32)
         slopes = dot(grads, tl.trans(values), slopes, PRECISION)
         slopes = weights * (slopes - delta[:, None])
@@ -439,7 +457,7 @@ def _query_gradient_tiles(
 
 @triton.jit
 def _query_gradient_kernel(
-    q, k, v, grad_y, logsumexp, delta, starts, stops, cache_k, cache_v, cache_position, grad_q,
+    q, k, v, grad_y, softmax, delta, starts, stops, cache_k, cache_v, cache_position, grad_q,
     length, kv_heads, features, groups, tiles, window, capacity, scale,
     v_b, v_t, v_h, v_d, grad_b, grad_t, grad_h, grad_d,
     cache_k_b, cache_k_t, cache_k_h, cache_k_d, cache_v_b, cache_v_t, cache_v_h, cache_v_d, position_b,
@@ -465,8 +483,8 @@ def _query_gradient_kernel(
         True, EVEN_D, BLOCK_D,
     )  # fmt: skip
     at = (batch * heads + head) * length + position
-    row_logsumexp = tl.load(logsumexp + at) * _LOG2_E
-    row_logsumexp = tl.where(row_logsumexp == -float("inf"), 0.0, row_logsumexp)  # the row sees nothing: all is masked
+    rows_in_all = tl.cast(groups, tl.int64) * GROUP * length
+    shift, share = _load_softmax(softmax, rows_in_all, at, inside, queries.dtype == tl.float32)
     row_delta = tl.load(delta + at)
     k += (batch * length * kv_heads + kv_head) * features
     k_t = tl.cast(kv_heads, tl.int64) * features
@@ -481,7 +499,7 @@ def _query_gradient_kernel(
         if phase > 0 or WINDOW or PACKED or CACHED:
             first, last = _stretch(low, high, phase, BLOCK_N)
             total = _query_gradient_tiles(
-                queries, grads, total, row_logsumexp, row_delta, low, high, first, last, k, v, k_t, v_t, v_d,
+                queries, grads, total, shift, share, row_delta, low, high, first, last, k, v, k_t, v_t, v_d,
                 cache_k, cache_v, cache_k_t, cache_k_d, cache_v_t, cache_v_d, room, turn, filled, length, features,
                 scale, phase != 1, CACHED, PRECISION, EVEN_D, BLOCK_N, BLOCK_D,
             )  # fmt: skip
@@ -492,8 +510,8 @@ def _query_gradient_kernel(
 
 @triton.jit
 def _key_gradient_tiles(
-    keys, values, grad_k, grad_v, low, high, first, last, q, grad_y, logsumexp, delta, length, features, scale,
-    q_t, grad_t, grad_h, grad_d,
+    keys, values, grad_k, grad_v, low, high, first, last, q, grad_y, softmax, delta, length, features, scale,
+    rows_in_all, q_t, grad_t, grad_h, grad_d,
     HEADS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -508,14 +526,16 @@ def _key_gradient_tiles(
         queries = _load_rows(q + wide * q_t + head * features, 1, inside, features, MASKED, EVEN_D, BLOCK_D)
         grads = _load_rows(grad_y + wide * grad_t + head * grad_h, grad_d, inside, features, MASKED, EVEN_D, BLOCK_D)
         at = head * length + position
-        row_logsumexp = tl.load(logsumexp + at, mask=inside, other=0.0) * _LOG2_E
+        shift, share = _load_softmax(softmax, rows_in_all, at, inside, keys.dtype == tl.float32)
         row_delta = tl.load(delta + at, mask=inside, other=0.0)
         scores = tl.zeros((keys.shape[0], BLOCK_M), tl.float32)
-        scores = dot(keys, tl.trans(queries), scores, PRECISION) * scale - row_logsumexp[None, :]
+        scores = tl.fma(dot(keys, tl.trans(queries), scores, PRECISION), scale, -shift[None, :])
         if MASKED:
             seen = (position[None, :] >= low[:, None]) & (position[None, :] < high[:, None])
             scores = tl.where(seen, scores, -float("inf"))
         weights = tl.exp2(scores)
+        if keys.dtype == tl.float32:
+            weights *= share[None, :]
         grad_v = dot(rounded(weights, grads.dtype), grads, grad_v, PRECISION)
         slopes = tl.zeros((keys.shape[0], BLOCK_M), tl.float32)
         slopes = dot(values, tl.trans(grads), slopes, PRECISION)
@@ -526,7 +546,7 @@ def _key_gradient_tiles(
 
 @triton.jit
 def _key_gradient_kernel(
-    q, k, v, grad_y, logsumexp, delta, starts, stops, grad_k, grad_v,
+    q, k, v, grad_y, softmax, delta, starts, stops, grad_k, grad_v,
     length, kv_heads, features, groups, tiles, window, scale, part,
     v_b, v_t, v_h, v_d, grad_b, grad_t, grad_h, grad_d,
     HEADS: tl.constexpr, SPLITS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
@@ -554,7 +574,8 @@ def _key_gradient_kernel(
     head = kv_head * (HEADS * SPLITS) + split * HEADS
     q += (batch * length * heads + head) * features
     grad_y += batch * grad_b + head * grad_h
-    logsumexp += (batch * heads + head) * length
+    softmax += (batch * heads + head) * length
+    rows_in_all = tl.cast(groups, tl.int64) * (HEADS * SPLITS) * length
     delta += (batch * heads + head) * length
     q_t = heads * features
     total_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -562,8 +583,8 @@ def _key_gradient_kernel(
     for phase in tl.static_range(3):
         first, last = _stretch(low * HEADS, high * HEADS, phase, BLOCK_M)
         total_k, total_v = _key_gradient_tiles(
-            keys, values, total_k, total_v, low, high, first, last, q, grad_y, logsumexp, delta,
-            length, features, scale, q_t, grad_t, grad_h, grad_d,
+            keys, values, total_k, total_v, low, high, first, last, q, grad_y, softmax, delta,
+            length, features, scale, rows_in_all, q_t, grad_t, grad_h, grad_d,
             HEADS, phase != 1, PRECISION, EVEN_D, BLOCK_M, BLOCK_D,
         )  # fmt: skip
     f = tl.arange(0, BLOCK_D)
@@ -736,7 +757,8 @@ def attention_forward(
     position: Tensor | None,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    """-> y, contiguous, and with `save` the logsumexp (batch, heads, length) float32, else an empty tensor.
+    """-> y, contiguous, and with `save` of every softmax the largest score and the sum (2, batch, heads, length),
+    float32; else an empty tensor.
 
     The cache (batch, capacity, kv_heads, head_dim) is read only; a copy is made of one that has not the dtype of k.
     """
@@ -744,9 +766,9 @@ def attention_forward(
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     y = q.new_empty(q.shape)
-    logsumexp = q.new_empty((batch, heads, length) if save else (0,), dtype=torch.float32)
+    softmax = q.new_empty((2, batch, heads, length) if save else (0,), dtype=torch.float32)
     if q.numel() == 0:
-        return y, logsumexp
+        return y, softmax
     group, groups = heads // kv_heads, batch * kv_heads
     cos, sin = _per_head(cos, batch, kv_heads), _per_head(sin, batch, kv_heads)
     cache = _cached(cache_k, cache_v, position, k)
@@ -759,7 +781,7 @@ def attention_forward(
     tiles = triton.cdiv(length * group, plan.tile.block_m)
     block_d = heuristics.padded_head_dim(head_dim)
     _forward_kernel[(tiles * groups,)](
-        q, k, v, cos, sin, *(cache or (None,) * 3), starts, stops, y, logsumexp,
+        q, k, v, cos, sin, *(cache or (None,) * 3), starts, stops, y, softmax,
         length, kv_heads, head_dim // 2, groups, tiles, min(window or 0, capacity + length), capacity, scale * LOG2_E,
         *q.stride(), *k.stride(), *v.stride(), *cos.stride(), *sin.stride(), *_cache_strides(cache),
         GROUP=group, CAUSAL=causal, WINDOW=window is not None and window < capacity + length,
@@ -768,7 +790,7 @@ def attention_forward(
         BLOCK_M=plan.tile.block_m, BLOCK_N=plan.tile.block_n, BLOCK_D=block_d, num_warps=plan.tile.num_warps,
         num_stages=plan.tile.num_stages,
     )  # fmt: skip
-    return y, logsumexp
+    return y, softmax
 
 
 def attention_append(
@@ -817,7 +839,7 @@ def attention_backward(
     cos: Tensor,
     sin: Tensor,
     y: Tensor,
-    logsumexp: Tensor,
+    softmax: Tensor,
     causal: bool,
     window: int | None,
     scale: float,
@@ -827,7 +849,7 @@ def attention_backward(
     cache_v: Tensor | None,
     position: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> the gradients of q, k, v, cos and sin, in their shapes and dtypes. y and logsumexp as the forward gave them,
+    """-> the gradients of q, k, v, cos and sin, in their shapes and dtypes. y and softmax as the forward gave them,
     and the cache as it found it; grad_y may have any strides."""
     check(q)
     batch, length, heads, head_dim = q.shape
@@ -842,14 +864,14 @@ def attention_backward(
     tables = _per_head(cos, batch, kv_heads), _per_head(sin, batch, kv_heads)
     q_rotated, delta = _rotate(q, *tables, interleaved, group, y.contiguous(), grad_y)
     k_rotated, _ = _rotate(k, *tables, interleaved, 1)
-    logsumexp = logsumexp.contiguous()
+    softmax = softmax.contiguous()
     starts, stops = _packing(cu_seqlens, length)
     block_d = heuristics.padded_head_dim(head_dim)
     common = dict(
         CAUSAL=causal, PACKED=cu_seqlens is not None, PRECISION=_precision(q), EVEN_D=block_d == head_dim,
         BLOCK_D=block_d,
     )  # fmt: skip
-    inputs = (q_rotated, k_rotated, v, grad_y, logsumexp, delta, starts, stops)
+    inputs = (q_rotated, k_rotated, v, grad_y, softmax, delta, starts, stops)
 
     grad_q_rotated = q.new_empty(q.shape, dtype=torch.float32)
     tile = plan.queries

@@ -1,10 +1,13 @@
 """The Triton attention kernels against the definition, in the interpreter or, with a card, on it."""
 
 import itertools
+import math
 
 import gpu_code
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jambatalk_kernels.attention import heuristics, reference
 from jambatalk_kernels.attention.op import rope_attention
@@ -57,12 +60,6 @@ def options(causal=True, window=None, scale=None, interleaved=False, cu_seqlens=
     return causal, window, head_dim**-0.5 if scale is None else scale, interleaved, cu_seqlens
 
 
-def definition(*inputs_and_masks):
-    """The reference; what stands outside of every packed sequence is zero."""
-    y, cu_seqlens = reference.rope_attention(*inputs_and_masks, None), inputs_and_masks[-1]
-    return y if cu_seqlens is None else y * inside(cu_seqlens, y.shape[1])[:, None, None]
-
-
 def inside(cu_seqlens, length):
     position = torch.arange(length, device=cu_seqlens.device)
     return (position >= cu_seqlens[0]) & (position < cu_seqlens.max())
@@ -102,13 +99,16 @@ def test_forward(shape, table, choice, device, monkeypatch):
     monkeypatch.setattr(kernels, "device_of", lambda _: device)
     inputs = make(*shape, table=table)
     masks = options(**choice, head_dim=shape[-1])
-    y, logsumexp = kernels.attention_forward(*inputs, *masks, *NO_CACHE, True)
-    exact = definition(*(t.double() for t in inputs), *masks)
-    assert_accurate(y, exact, definition(*inputs, *masks), 1e-5)
+    y, softmax = kernels.attention_forward(*inputs, *masks, *NO_CACHE, True)
+    exact = reference.rope_attention(*(t.double() for t in inputs), *masks, None)
+    assert_accurate(y, exact, reference.rope_attention(*inputs, *masks, None), 1e-5)
     assert y.is_contiguous() and y.dtype == inputs[0].dtype
-    # exp(logsumexp) is the sum that the weights were divided by: attention to v = 1 in the visible keys only.
-    assert logsumexp.shape == (shape[0], shape[2], shape[1])
-    torch.testing.assert_close(logsumexp, naive_logsumexp(*inputs[:2], *inputs[3:], *masks), rtol=2e-5, atol=2e-5)
+    # What the weights were divided by, with and without the shift; 0 and 1 where nothing is seen.
+    assert softmax.shape == (2, shape[0], shape[2], shape[1])
+    want = naive_logsumexp(*inputs[:2], *inputs[3:], *masks)
+    got = (softmax[0] + softmax[1].log2()) * math.log(2)
+    torch.testing.assert_close(got, want.where(want > -torch.inf, 0.0), rtol=2e-5, atol=2e-5)
+    assert (softmax[1] >= 1 - 1e-6).all()
 
 
 def naive_logsumexp(q, k, cos, sin, causal, window, scale, interleaved, cu_seqlens):
@@ -134,9 +134,9 @@ def test_forward_in_half_precision(shape, dtype):
     inputs = make(*shape, dtype=dtype)
     masks = options(head_dim=shape[-1])
     y, empty = kernels.attention_forward(*inputs, *masks, *NO_CACHE, False)
-    exact = definition(*(t.double() for t in inputs), *masks)
+    exact = reference.rope_attention(*(t.double() for t in inputs), *masks, None)
     assert y.dtype == dtype and empty.shape == (0,)
-    assert_accurate(y, exact, definition(*inputs, *masks), HALF_BAR[dtype])
+    assert_accurate(y, exact, reference.rope_attention(*inputs, *masks, None), HALF_BAR[dtype])
 
 
 @pytest.mark.parametrize("device", [FEW, MANY], ids=["large tiles", "small tiles"])
@@ -168,8 +168,8 @@ def test_packing_clamps_its_bounds():
 def test_forward_of_nothing_and_refusals():
     for shape in ((0, 3, 2, 1, 8), (2, 0, 2, 1, 8)):
         inputs = make(*shape)
-        y, logsumexp = kernels.attention_forward(*inputs, *options(head_dim=8), *NO_CACHE, True)
-        assert y.shape == shape[:2] + (2, 8) and logsumexp.numel() == 0
+        y, softmax = kernels.attention_forward(*inputs, *options(head_dim=8), *NO_CACHE, True)
+        assert y.shape == shape[:2] + (2, 8) and softmax.numel() == 0
     with pytest.raises(TypeError, match="float64"):
         kernels.attention_forward(*make(1, 3, 2, 1, 8, dtype=torch.float64), *options(head_dim=8), *NO_CACHE, True)
     with pytest.raises(ValueError, match="head_dim up to 256"):
@@ -193,13 +193,13 @@ NAMES = ("q", "k", "v", "cos", "sin")
 
 def reference_gradients(inputs, grad_y, masks, wide):
     inputs = [(t.double() if wide else t).detach().clone().requires_grad_() for t in inputs]
-    y = definition(*inputs, *masks)
+    y = reference.rope_attention(*inputs, *masks, None)
     return torch.autograd.grad(y, inputs, grad_y.to(y.dtype))
 
 
 def triton_gradients(inputs, grad_y, masks):
-    y, logsumexp = kernels.attention_forward(*inputs, *masks, *NO_CACHE, True)
-    return kernels.attention_backward(grad_y, *inputs, y, logsumexp, *masks, *NO_CACHE)
+    y, softmax = kernels.attention_forward(*inputs, *masks, *NO_CACHE, True)
+    return kernels.attention_backward(grad_y, *inputs, y, softmax, *masks, *NO_CACHE)
 
 
 def assert_gradients(inputs, grad_y, masks, bar):
@@ -284,6 +284,111 @@ def test_backward_of_nothing():
         assert [t.shape for t in got] == [t.shape for t in inputs] and not any(t.any() for t in got)
 
 
+def rounding_bounds(inputs, grad_y, masks):
+    """How far y and the gradients may be from exact ones, number by number, if every operation in float32 is rounded
+    (u = 2**-24), sums of n terms lose up to n u of the sum of their magnitudes, and errors are carried on to first
+    order. The exact values go in as float64; the algorithm is the one that the kernels' docstring has."""
+    u = 2.0**-24
+    q, k, v, cos, sin = (t.double() for t in inputs)
+    causal, window, scale, interleaved, _ = masks
+    batch, length, heads, head_dim = q.shape
+    group = heads // k.shape[2]
+    cos, sin = (t[:, None] if t.dim() == 2 else t for t in (cos, sin))
+    k, v, cos, sin = (t.repeat_interleave(group, -2) if t.shape[-2] > 1 else t for t in (k, v, cos, sin))
+
+    def pairs(x):
+        return (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
+
+    def turned(x, by_size=False):
+        c, s, sign = (cos.abs(), sin.abs(), 1) if by_size else (cos, sin, -1)
+        a, b = pairs(x.abs() if by_size else x)
+        return torch.cat([a * c + sign * b * s, a * s + b * c], -1)
+
+    qr, kr, q_size, k_size = turned(q), turned(k), turned(q, True), turned(k, True)
+    i, j = torch.arange(length)[:, None], torch.arange(length)
+    seen = (j <= i) | torch.tensor(not causal)
+    seen &= j > i - (length if window is None else window)
+
+    def product(a, b):
+        return torch.einsum("bihd,bjhd->bhij", a, b)
+
+    scores = scale * product(qr, kr)
+    p = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    score_error = u * ((head_dim + 4) * scale * product(q_size, k_size) + 3 * (scores.abs() + 1))
+    score_error = score_error + 3 * u * scores.abs().amax(-1, keepdim=True)
+    weight_error = score_error + (p * score_error).sum(-1, keepdim=True) + (length + 10) * u  # relative
+
+    def mixed(weights, x):
+        return torch.einsum("bhij,bjhd->bihd", weights, x)
+
+    bounds = {"y": mixed(p * (weight_error + (length + 2) * u), v.abs())}
+    dy = grad_y.double()
+    dp = product(dy, v)
+    delta_error = (dy.abs() * bounds["y"]).sum(-1) + (head_dim + 2) * u * (dy * mixed(p, v)).abs().sum(-1)
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+    ds_error = ds.abs() * (weight_error + 3 * u)
+    ds_error += p * (head_dim * u * product(dy.abs(), v.abs()) + delta_error.transpose(1, 2)[..., None])
+    terms = group * length + 3
+    dv = mixed((p * (weight_error + terms * u)).transpose(2, 3), dy.abs())
+    dk = scale * mixed((ds_error + (terms + 3) * u * ds.abs()).transpose(2, 3), qr.abs())
+    dk += scale * mixed(ds.abs().transpose(2, 3), 2 * u * q_size)
+    dq = scale * mixed(ds_error + (length + 3) * u * ds.abs(), kr.abs()) + scale * mixed(ds.abs(), 2 * u * k_size)
+    sizes = {}
+    for name, x, other, weights, error in (("q", q, kr, ds, dq), ("k", k, qr, ds.transpose(2, 3), dk)):
+        rotated = scale * mixed(weights, other)
+        a, b, da, db = (*pairs(x.abs()), *rotated.abs().chunk(2, -1))
+        error_a, error_b = error.chunk(2, -1)
+        c, s = cos.abs(), sin.abs()
+        error_a, error_b = error_a + 3 * u * da, error_b + 3 * u * db
+        back = (c * error_a + s * error_b, c * error_b + s * error_a)
+        bounds[name] = torch.stack(back, -1).flatten(-2) if interleaved else torch.cat(back, -1)
+        sizes[name] = [
+            a * error_a + b * error_b + terms * batch * heads * u * (a * da + b * db),
+            a * error_b + b * error_a + terms * batch * heads * u * (a * db + b * da),
+        ]
+    for name, which in (("cos", 0), ("sin", 1)):
+        bounds[name] = (sizes["q"][which] + sizes["k"][which]).sum((0, 2))
+    bounds["v"] = dv
+    for name in ("k", "v"):
+        bounds[name] = bounds[name].unflatten(2, (-1, group)).sum(3)
+    return bounds
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 2), st.integers(1, 20), st.integers(1, 3), st.integers(1, 2), st.integers(1, 10),
+    st.sampled_from([(True, None), (True, 1), (True, 4), (False, None)]), st.booleans(), st.integers(0, 2**20),
+)  # fmt: skip
+def test_no_number_is_further_off_than_its_roundings(batch, length, group, kv_heads, half, mask, interleaved, seed):
+    """Twice PyTorch's error is no bound for a few numbers, nor where the exact value is 0: in a row that one key
+    dominates, <dy, v> - <dy, y> is what two sums of the same terms in different orders leave, and PyTorch may happen to
+    sum in the same one. This bound holds for every number."""
+    causal, window = mask
+    g = torch.Generator().manual_seed(seed)
+    q, grad_y = (torch.randn(batch, length, kv_heads * group, 2 * half, generator=g).to(DEVICE) for _ in range(2))
+    k, v = (torch.randn(batch, length, kv_heads, 2 * half, generator=g).to(DEVICE) for _ in range(2))
+    cos, sin = (torch.randn(length, half, generator=g).to(DEVICE) for _ in range(2))
+    inputs, masks = (q, k, v, cos, sin), options(causal, window, None, interleaved, head_dim=2 * half)
+    exact_y = reference.rope_attention(*(t.double() for t in inputs), *masks, None)
+    exact = dict(zip(("y", *NAMES), (exact_y, *reference_gradients(inputs, grad_y, masks, wide=True)), strict=True))
+    y, _ = kernels.attention_forward(*inputs, *masks, *NO_CACHE, True)
+    got = dict(zip(("y", *NAMES), (y, *triton_gradients(inputs, grad_y, masks)), strict=True))
+    for name, bound in rounding_bounds(inputs, grad_y, masks).items():
+        over = (got[name].double() - exact[name]).abs() - bound - 2.0**-24 * exact[name].abs()
+        assert over.max() <= 0, (name, over.max())
+
+
+def test_the_bound_of_roundings_would_notice_tf32():
+    """Inputs with 10 bits of mantissa, as the matrix units would take them."""
+    inputs, masks = make(1, 12, 2, 1, 16), options(head_dim=16)
+    grad_y = normal(1, 12, 2, 16, seed=6, dtype=torch.float32)
+    cut = [(t.view(torch.int32) & ~0x1FFF).view(torch.float32) for t in inputs[:3]]
+    exact, rough = (reference_gradients((*x, *inputs[3:]), grad_y, masks, wide=True) for x in (inputs[:3], cut))
+    bounds = rounding_bounds(inputs, grad_y, masks)
+    for name, a, b in zip(NAMES, exact, rough, strict=True):
+        assert ((a - b).abs() > bounds[name]).double().mean() > 0.5, name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [80, 128, 256])
 def test_wide_heads(head_dim):
@@ -291,8 +396,8 @@ def test_wide_heads(head_dim):
     inputs = make(*shape)
     masks = options(head_dim=head_dim, interleaved=True)
     y, _ = kernels.attention_forward(*inputs, *masks, *NO_CACHE, False)
-    exact = definition(*(t.double() for t in inputs), *masks)
-    assert_accurate(y, exact, definition(*inputs, *masks), 1e-5)
+    exact = reference.rope_attention(*(t.double() for t in inputs), *masks, None)
+    assert_accurate(y, exact, reference.rope_attention(*inputs, *masks, None), 1e-5)
     assert_gradients(inputs, normal(1, 70, 2, head_dim, seed=6, dtype=torch.float32), masks, 1e-5)
 
 
@@ -393,8 +498,8 @@ def test_positions_outside_of_every_sequence_give_zeros():
     inputs = make(1, 41, 2, 1, 8)
     for causal, bounds in ((True, [3, 9, 30]), (False, [3, 9, 30]), (True, [7]), (False, [40, 41]), (True, [0, 0])):
         masks = options(causal=causal, cu_seqlens=bounds, head_dim=8)
-        y, logsumexp = kernels.attention_forward(*inputs, *masks, *NO_CACHE, True)
-        assert torch.equal(logsumexp[0, 0] > -torch.inf, inside(masks[-1], 41))
+        y, softmax = kernels.attention_forward(*inputs, *masks, *NO_CACHE, True)
+        assert not softmax[0, 0, 0][~inside(masks[-1], 41)].any()
         results = (y, *triton_gradients(inputs, torch.ones_like(y), masks))
         for name, value in zip(("y", *NAMES), results, strict=True):
             value = value if name in ("cos", "sin") else value[0]

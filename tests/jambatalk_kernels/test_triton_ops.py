@@ -67,8 +67,8 @@ def test_attention_ops(table):
     for earlier in ((None, None, None), tuple(vars(cache).values())):
         how = (True, 5, 0.3, False, None, *earlier)
         check(OPS.rope_attention.default, *arguments, *how, True)
-        y, logsumexp = OPS.rope_attention(*arguments, *how, True)
-        check(OPS.rope_attention_backward.default, y, *arguments, y, logsumexp, *how)
+        y, softmax = OPS.rope_attention(*arguments, *how, True)
+        check(OPS.rope_attention_backward.default, y, *arguments, y, softmax, *how)
     check(OPS.rope_attention_append.default, *arguments[1:], *earlier, False)
     leaves = [tensor.requires_grad_() for tensor in arguments]
     y = rope_attention(*leaves, window=5, scale=0.3, backend="triton")
