@@ -40,6 +40,7 @@ from jambatalk.data.vocaset import SAMPLING_RATE, Clip, Corpus, CorpusError
 from jambatalk.face.mouth import inner_lip_gap
 from jambatalk.losses import MotionLoss, balance_loss, motion_metric
 from jambatalk.model import CheckpointError, JambaTalk
+from jambatalk_kernels.rollout.program import Program, tensors_of
 
 PHONES = (
     "SIL AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W Y Z ZH".split()
@@ -271,6 +272,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.loss, self.options = model, loss, options
         self.phone_head = nn.Linear(model.config.d_model, len(PHONES)) if options.phone_weight else None
+        self._program: Program | None = None
 
     def forward(self, batch: Batch, across: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
         """across: the mean of a tensor over the processes that share the batch; None: there is one process."""
@@ -299,18 +301,28 @@ class Objective(nn.Module):
     @torch.no_grad()
     def history(self, features: Tensor, batch: Batch) -> Tensor:
         """What the decoder is fed back: the true motion of the frame before, or the model's own where the batch says
-        so. The model's own is a rollout, exactly what it would do by itself, with one program for all of its clips."""
+        so. The model's own is a rollout, exactly what it would do by itself, of all clips in one call."""
         history = shift(batch.motion)
-        rows = batch.generated.any(1).nonzero()[:, 0]
-        if len(rows):
+        if batch.generated.any():
             with torch.autocast(features.device.type, enabled=False):
                 own, _ = self.model.generate(
-                    features[rows], batch.style[rows], lengths=batch.valid[rows].sum(1), program=self.model.program()
+                    features, batch.style, lengths=batch.valid.sum(1), program=self._current_program()
                 )
-            history[rows] = torch.where(batch.generated[rows, :, None], shift(own), history[rows])
+            history = torch.where(batch.generated[..., None], shift(own), history)
         if batch.noise is not None:
             history = history + batch.noise
         return history
+
+    def _current_program(self) -> Program:
+        """One for the whole run: what a rollout keeps with it (a GPU's recorded graph) outlives the steps. Most of its
+        tensors are the weights themselves; those that are made of weights are made anew, in place, once a step."""
+        program = self.model.program()
+        if self._program is None:
+            self._program = program
+        for kept, new in zip(tensors_of(self._program), tensors_of(program), strict=True):
+            if kept.data_ptr() != new.data_ptr():
+                kept.copy_(new)
+        return self._program
 
 
 class Trainer:

@@ -247,28 +247,32 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_frames(corpus, tmp_path):
     torch.testing.assert_close(both, (15 * each[0] + 12 * each[1]) / 27, rtol=1e-6, atol=0)
 
 
-def test_generated_history_is_the_models_own_rollout(corpus, tmp_path, monkeypatch):
+def test_generated_history_is_the_models_own_rollout(corpus, tmp_path):
     trainer = awake(Trainer(tiny_config(), options(history_generated=1.0, history_noise=0.0), corpus, tmp_path / "run"))
-    trainer.model.eval()
-    objective = trainer.objective
+    objective, model, programs = trainer.objective, trainer.model, []
     truth = trainer.draw(0)  # the share starts at nothing
     assert not truth.generated.any()
-    features = trainer.model.encode(truth.samples, truth.lengths, frames=truth.motion.shape[1])
+    features = model.encode(truth.samples, truth.lengths, frames=truth.motion.shape[1])
     torch.testing.assert_close(objective.history(features, truth), shift(truth.motion))
-    programs, made = [], trainer.model.program
-    monkeypatch.setattr(trainer.model, "program", lambda: programs.append(made()) or programs[-1])
-    batch = next(b for b in map(trainer.draw, range(10, 100)) if b.generated.all(1).any() and not b.generated.all())
-    features = trainer.model.encode(batch.samples, batch.lengths, frames=batch.motion.shape[1])
-    history = objective.history(features, batch)
-    assert len(programs) == 1, "one program a step"
-    row = int(batch.generated.all(1).nonzero()[0])
-    frames = int(batch.valid[row].sum())
-    own, _ = trainer.model.generate(features[row : row + 1, :frames], batch.style[row : row + 1])
-    torch.testing.assert_close(history[row : row + 1, :frames], shift(own), rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(history[row], shift(batch.motion)[row])
-    true = ~batch.generated & batch.valid
-    torch.testing.assert_close(history[true], shift(batch.motion)[true])
-    torch.testing.assert_close(history[:, 0], torch.zeros_like(history[:, 0]))
+    for _ in range(3):  # the weights move, and the rollouts with them
+        first = max(trainer.step, 10)
+        drawn = map(trainer.draw, range(first, first + 90))
+        batch = next(b for b in drawn if (b.generated == b.valid).all(1).any() and not (b.generated == b.valid).all())
+        model.eval()
+        features = model.encode(batch.samples, batch.lengths, frames=batch.motion.shape[1])
+        history = objective.history(features, batch)
+        programs.append(objective._program)
+        row = int((batch.generated == batch.valid).all(1).nonzero()[0])
+        frames = int(batch.valid[row].sum())
+        own, _ = model.generate(features[row : row + 1, :frames], batch.style[row : row + 1])  # a program of its own
+        torch.testing.assert_close(history[row : row + 1, :frames], shift(own), rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(history[row], shift(batch.motion)[row])
+        true = ~batch.generated & batch.valid
+        torch.testing.assert_close(history[true], shift(batch.motion)[true])
+        torch.testing.assert_close(history[:, 0], torch.zeros_like(history[:, 0]))
+        trainer.step = first
+        trainer.train_step()
+    assert programs[0] is programs[1] is programs[2], "one program for the run"
 
 
 def test_a_clip_is_drawn_the_same_whoever_draws_it(corpus, tmp_path):
