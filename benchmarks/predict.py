@@ -232,7 +232,115 @@ def _step_triton(module: str, moved: float, warps: float, card: Card) -> Predict
     return predict(Work(code, warps, 1, moved, code.registers, straight=True), card)
 
 
-# By the name that the benchmark has: see bench_selective_scan.py, bench_causal_conv1d.py.
+# ---- mixture of experts ---------------------------------------------------------------------------------------------
+
+ROUTE, EXPERTS = "jambatalk_kernels.moe.triton_route", "jambatalk_kernels.moe.triton_mlp"
+MATRIX = r"HMMA|.*GMMA|UTC\w*MMA"
+CLIP_LAYER, LARGE_LAYER = (600, 512, 1024), (4096, 1024, 1024)  # tokens, d, hidden; 8 experts, top 2
+
+
+def _product(code: Code, grid: list[int], sizes: dict[str, int], card: Card) -> tuple[float, str]:
+    """A grouped matrix product, every expert with as many rows as any. -> seconds between two launches, what binds.
+
+    Blocks of one multiprocessor go one after the other, each unit as busy as the loop's instructions make it; what
+    surrounds the loop is not hidden behind another block's loop.
+    """
+    c, kernel = code.constants, code.name.split()[0]
+    experts, assignments = sizes["experts"], sizes.get("assignments", 0)
+    operands = 2 if kernel == "first_product_kernel" and "swiglu" in code.name else 1
+    rows = math.ceil(assignments / experts)
+    if kernel == "weight_gradient_kernel":
+        left, right = sizes["rows_left"], sizes["rows_right"]
+        tiles, depth = math.prod(grid), math.ceil(rows / c["SPLITS"])
+        elements = experts * left * right + assignments * (left + right)
+    else:
+        depth = sizes.get("features") or sizes.get("depth") or sizes["width"]
+        columns = sizes["width"] if "depth" in sizes else sizes["hidden"]
+        tiles = experts * math.ceil(rows / c["BLOCK_M"]) * sizes["columns"]
+        # Read: rows and weights. Written: the result; beside it, of the hidden features, what backward needs.
+        beside = {"first_product_kernel": operands, "hidden_gradient_kernel": 5}.get(kernel, 0)
+        elements = experts * depth * columns * operands + assignments * (depth + (1 + beside) * columns)
+    steps = math.ceil(depth / c["BLOCK_K"])
+    loop = code.hot_loop(MATRIX)
+    operations = 2 * c["BLOCK_M"] * c["BLOCK_N"] * c["BLOCK_K"] * operands
+    narrow = loop.count(r"HMMA\.16816")  # one is 16 x 8 x 16; an unrolled loop has those of several steps
+    passes = steps * operations / (narrow * 4096 * code.warps) if narrow else steps
+    units = {unit: each * code.warps * passes for unit, each in clocks(loop, card).items()}
+    units["matrix units"] = steps * operations / (card.matrix / card.multiprocessors / card.clock)
+    around = (len(code.instructions) - len(loop.instructions)) * code.warps * 32 / cards.LANES_ISSUED_PER_CLOCK
+    limit = max(units, key=units.__getitem__)
+    seconds = math.ceil(tiles / card.multiprocessors) * (units[limit] + around) / card.clock
+    if (moving := elements * 2 / card.copy_bandwidth) > seconds:
+        seconds, limit = moving, "memory"
+    return seconds + LAUNCH + RAMP, limit
+
+
+def _experts_triton(shape: tuple[int, int, int], card: Card) -> tuple[list[tuple[float, str]], list[tuple[float, str]]]:
+    """The launches of forward (which saves for backward) and those of backward."""
+    tokens, d, hidden = shape
+    pattern = f"*bfloat16 swiglu, {tokens} tokens, 8 experts, top 2, {d} x {hidden}*"
+    launches = sorted(
+        (
+            (launch["turn"], code, launch)
+            for code in gpu_code.compile_triton(EXPERTS, card.capability, (pattern,)).values()
+            for launch in code.launches
+        ),
+        key=lambda entry: entry[0],
+    )
+    parts: tuple[list, list] = ([], [])
+    backward = False
+    for _, code, launch in launches:
+        sizes = launch["sizes"]
+        backward |= code.name.startswith("hidden_gradient")
+        if code.name.startswith("sum"):
+            moved = sizes["rows"] * sizes["columns"] * (sizes["terms"] + 1) * (4 if sizes["rows"] == 1 else 2)
+            parts[backward].append((moved / card.copy_bandwidth + LAUNCH + RAMP, "memory"))
+        else:
+            parts[backward].append(_product(code, launch["grid"], sizes, card))
+    return parts
+
+
+def _layer_triton(shape: tuple[int, int, int], backward: bool, card: Card) -> Prediction:
+    """Router, routing and experts; the router's product (its two of backward) as launches that take no time else."""
+    forward, gradients = _experts_triton(shape, card)
+    launches = forward + (gradients if backward else [])
+    seconds = sum(each for each, _ in launches) + _route_triton(card).seconds + LAUNCH + RAMP
+    if backward:
+        seconds += _route_triton(card, "choose_backward").seconds + 2 * (LAUNCH + RAMP)
+    operations = (3 if backward else 1) * 6 * math.prod(shape) * 2
+    limit = max(launches)[1]
+    return Prediction(seconds, f"{limit} in the longest launch; {operations / seconds / 1e12:.0f} TFLOP/s")
+
+
+def _route_triton(card: Card, *kernels: str) -> Prediction:
+    """8192 tokens, 8 experts, top 2; each loop of the kernels counted once."""
+    codes = gpu_code.compile_triton(ROUTE, card.capability, ("*8192 tokens, 8 experts, top 2",))
+    total = 0.0
+    for name in kernels or ("choose_kernel", "sort_kernel"):
+        (code,) = (code for key, code in codes.items() if key.startswith(name))
+        warps = math.prod(code.launches[0]["grid"]) * code.warps
+        total += predict(Work(code, warps, 1, 8192 * 48, code.registers, straight=True), card).seconds
+    return Prediction(total, "latency of one warp, and of the launches")
+
+
+def _route_cuda(tokens: int, card: Card) -> Prediction:
+    """8 experts, top 2, float32, a lane per token: up to 1024 in one block, more in blocks of 128 and two launches.
+
+    Every branch counts as taken, that of one launch beside that of two: too much rather than too little.
+    """
+    architecture = "sm_90a" if card.capability == 90 else f"sm_{card.capability}"
+    codes = gpu_code.compile_cuda("csrc/cuda/moe_route.cu", architecture)
+    code, sort = codes["route_kernel<float, float, 1>"], codes["route_sort_kernel<float>"]
+    if tokens <= 1024:  # on one multiprocessor
+        warps = math.ceil(tokens / 32) * card.multiprocessors
+        return predict(Work(code, warps, 1, tokens * 88, code.registers, straight=True), card)
+    blocks = math.ceil(tokens / 128)
+    first = predict(Work(code, blocks * 4, 1, tokens * 88, code.registers, straight=True), card)
+    second = predict(Work(sort, blocks * 16, 1, tokens * 24, sort.registers, straight=True), card)
+    return Prediction(first.seconds + second.seconds, f"{first.limit}, and of the launches")
+
+
+# By the name that the benchmark has: see bench_selective_scan.py, bench_causal_conv1d.py, bench_moe.py.
 CASES: dict[str, Callable[[Card], Prediction]] = {
     **{
         f"selective_scan forward {shape} N 16 bfloat16, triton": lambda card, shape=shape: _scan_triton(shape, card)
@@ -252,6 +360,18 @@ CASES: dict[str, Callable[[Card], Prediction]] = {
     "causal_conv1d_step (1, 1024) width 4 bfloat16 cached, triton": lambda card: _step_triton(
         CONV, 1024 * (4 * 6 + 12), 32, card
     ),
+    "moe_route (8192, 8) top 2 float32, triton": lambda card: _route_triton(card),
+    **{
+        f"moe_route ({tokens}, 8) top 2 float32, cuda": lambda card, tokens=tokens: _route_cuda(tokens, card)
+        for tokens in (600, 8192)
+    },
+    **{
+        f"moe {what} {shape} 8 experts top 2 bfloat16, triton": (
+            lambda card, shape=shape, what=what: _layer_triton(shape, what != "forward", card)
+        )
+        for shape in (CLIP_LAYER, LARGE_LAYER)
+        for what in ("forward", "forward and backward")
+    },
 }
 
 

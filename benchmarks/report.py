@@ -1,7 +1,7 @@
 """python -m benchmarks.report: writes benchmarks/README.md from benchmarks/results/*.json.
 
 A GPU case that no result file has is shown as predicted, or as not measured where there is no prediction either.
-``--no-predictions`` leaves the compilers alone (predictions take a minute of theirs).
+``--no-predictions`` leaves the compilers alone (predictions take minutes of theirs).
 """
 
 from __future__ import annotations

@@ -18,11 +18,13 @@
 #if defined(__CUDACC__)
 #define JT_DEVICE __device__ __forceinline__
 #define JT_UNROLL _Pragma("unroll")
+#define JT_ROLLED _Pragma("unroll 1")
 // Dynamic shared memory as bytes. One name per file: all declarations of a file are one symbol.
 #define JT_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #else
 #define JT_DEVICE inline
 #define JT_UNROLL
+#define JT_ROLLED
 #define JT_DYNAMIC_SHARED(name) unsigned char* const name = cuda_on_cpu::dynamic_shared()
 #endif
 

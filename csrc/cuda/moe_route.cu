@@ -166,6 +166,7 @@ __global__ void __launch_bounds__(most_threads(sizeof(A) == 8, G), 1) route_kern
   int32_t* const earlier = reinterpret_cast<int32_t*>(route_memory);  // (warps, kPadded): picks before this warp's
   int32_t* const total = earlier + warps * kPadded;                   // picks up to here
   int32_t* const begins = total + kPadded;
+  JT_ROLLED
   for (int e = int(threadIdx.x); e < kPadded; e += int(blockDim.x)) total[e] = 0;
   unsigned absent = 0;  // of the lane's experts
   unsigned same = 0;    // the lanes that hold the same experts of other tokens
@@ -235,6 +236,7 @@ __global__ void __launch_bounds__(most_threads(sizeof(A) == 8, G), 1) route_kern
       if (lane < G) earlier[warp * kPadded + first + i] = __popc(mates);
     }
     __syncthreads();
+    JT_ROLLED
     for (int e = int(threadIdx.x); e < kPadded; e += int(blockDim.x)) {
       int32_t until = total[e];
       for (int w = 0; w < warps; ++w) {
@@ -264,6 +266,7 @@ __global__ void __launch_bounds__(most_threads(sizeof(A) == 8, G), 1) route_kern
   }
 
   if (!alone) {
+    JT_ROLLED
     for (int e = int(threadIdx.x); e < kPadded; e += int(blockDim.x)) to.picks[blockIdx.x * kPadded + e] = total[e];
   }
   __syncthreads();  // the memory has a second use
@@ -275,6 +278,7 @@ __global__ void __launch_bounds__(most_threads(sizeof(A) == 8, G), 1) route_kern
     if (lane < G) parts[warp * kPadded + first + i] = sums[i];
   }
   __syncthreads();
+  JT_ROLLED
   for (int e = int(threadIdx.x); e < kPadded; e += int(blockDim.x)) {
     A sum = A(0);
     for (int w = 0; w < warps; ++w) sum += parts[w * kPadded + e];
