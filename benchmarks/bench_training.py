@@ -64,8 +64,7 @@ class Step:
     def __init__(self, objective: Objective, batch: Batch):
         self.objective, self.batch = objective.train(), batch
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
-        fused = self.parameters[0].is_cuda
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0.0, fused=fused)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0.0, fused=True)
 
     def __call__(self, inputs: object = None) -> None:
         self.optimizer.zero_grad(set_to_none=True)

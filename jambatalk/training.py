@@ -416,7 +416,7 @@ class Trainer:
         plain = [p for p in self.parameters if p.dim() < 2]
         self.optimizer = torch.optim.AdamW(
             [{"params": decay, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-            lr=options.learning_rate, betas=(0.9, options.beta2),
+            lr=options.learning_rate, betas=(0.9, options.beta2), fused=True,
         )  # fmt: skip
         self.average = None
         if options.ema:
