@@ -31,7 +31,8 @@ class Animation:
     fps: frames per second, kept as a Fraction (25, "30000/1001" and 29.97 are taken too).
     offset: (3V,) float32 added to every frame, or None.
     audio: (samples (n,) float32, rate in Hz) that the face speaks, or None.
-    regions: named arrays over the mesh: "part" (V,) int64 labels, "lips", "inner_lip_upper", ... vertex indices.
+    regions: named arrays over the mesh: "part" (V,) int64 labels, "lips", "inner_lip_upper", ... vertex indices;
+        "colour" (V, 3) sRGB in 0..1, what a picture paints a vertex with (NaN: as it would otherwise).
     opening_scale: the mouth's inner-lip gap above the template's that counts as open, metres; 0 where unknown.
     subject: the identity in whose style it speaks.
     seconds: what each stage took; "vertices" grows with every vertex that is computed.

@@ -1,6 +1,13 @@
-"""`python -m jambatalk.evaluate --speech DIR`: how good is the mouth on recordings of people, without ground truth?
+"""How good is it? Against a ground truth, or on recordings of people without one.
 
-Runs a checkpoint on every recording under DIR and prints the mouth measures of `jambatalk.metrics` as a table or JSON:
+    python -m jambatalk.evaluate PRED GT --protocol NAME       errors by named protocols (jambatalk.protocols)
+    python -m jambatalk.evaluate --speech DIR                  mouth measures on any recording
+
+PRED is a checkpoint or a folder of predicted vertices, GT a corpus or a folder of true ones (`jambatalk.comparison`
+says how files are found and named). The rest of this page is about `--speech`.
+
+It runs a checkpoint on every recording under DIR and prints the mouth measures of `jambatalk.metrics` as a table or
+JSON:
 
 - `opening_rms_correlation`: opening against the loudness of the speech; mean over clips;
 - `opening_lag_ms`: how late the mouth is, the delay at which that mean is largest (in whole frames; negative: early);
@@ -276,7 +283,15 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
     """What JSON can hold: no NaN, which it has no word for."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return plain(row)
 
 
 def _table(report: dict[str, Any]) -> str:
@@ -313,28 +328,99 @@ def _table(report: dict[str, Any]) -> str:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    from jambatalk.data.vocaset import add_arguments as add_corpus_arguments
+    from jambatalk.protocols import PROTOCOLS
+
     parser = argparse.ArgumentParser(
         prog="python -m jambatalk.evaluate",
-        description="Measure a model's mouth on recordings of people: loudness, pauses, closures at p, b and m.",
-        epilog="Transcripts: <stem>.txt beside a recording, or a CMU file named `transcription`. "
-        "What each figure means: `python -m pydoc jambatalk.evaluate`.",
+        description="Compare predicted motion with a ground truth, by named protocols; or (--speech) measure a model's "
+        "mouth on recordings of people: loudness, pauses, closures at p, b and m.",
+        epilog="What each figure means: --describe, and `python -m pydoc jambatalk.evaluate`.",
     )
-    # Comparing predictions with ground truth (`evaluate PRED GT --protocol NAME`) will be two positional arguments here
-    # and a module of named protocols beside this one; --speech then excludes them.
-    parser.add_argument("--speech", metavar="DIR", required=True, help="folder of recordings (wav, flac, ogg)")
-    parser.add_argument("--model", metavar="DIR", help="checkpoint folder or hub id (default: the bundled demo)")
+    parser.add_argument("predictions", nargs="?", metavar="PRED", type=Path,
+                        help="checkpoint folder, or folder of .npy/.npz vertices, one file a clip")  # fmt: skip
     parser.add_argument(
-        "--subject", metavar="NAME", help="training identity whose style to speak in, or mean or unknown"
+        "truth", nargs="?", metavar="GT", type=Path, help="corpus folder, or folder of .npy/.npz vertices"
     )
+    parser.add_argument("--describe", action="store_true", help="say what every protocol computes, and stop")
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
-    parser.add_argument("--no-align", action="store_true", help="leave out what needs transcripts and pocketsphinx")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    return parser.parse_args(argv)
+    parser.add_argument("--subject", metavar="NAME",
+                        help="style to speak in: a training identity, mean, unknown; with a GT also all (default: the "
+                        "speaker's own where known, else unknown)")  # fmt: skip
+    comparing = parser.add_argument_group("with PRED and GT")
+    comparing.add_argument("--protocol", metavar="NAME", action="append",
+                           help=f"{', '.join(PROTOCOLS)}; may be given again (default: jambatalk)")  # fmt: skip
+    comparing.add_argument("--split", default="test", help="of the corpus (default: test)")
+    comparing.add_argument("--regions", metavar="FILE", type=Path,
+                           help="FLAME_masks.pkl, an .npz, or a folder with lve.txt and fdd.txt (default: the corpus' "
+                           "own)")  # fmt: skip
+    comparing.add_argument("--fps", metavar="N", help="frames per second of .npy files (default: 30, or the corpus's)")
+    comparing.add_argument("--baselines", action="store_true",
+                           help="score the mean face and the nearest neighbour by sound too")  # fmt: skip
+    comparing.add_argument("--pictures", metavar="DIR", type=Path,
+                           help="write pages there: errors over time, on the face, both side by side")  # fmt: skip
+    add_corpus_arguments(comparing)
+    speaking = parser.add_argument_group("with --speech")
+    speaking.add_argument("--speech", metavar="DIR", help="folder of recordings (wav, flac, ogg), with transcripts "
+                          "beside them: <stem>.txt, or a CMU file named `transcription`")  # fmt: skip
+    speaking.add_argument("--model", metavar="DIR", help="checkpoint folder or hub id (default: the bundled demo)")
+    speaking.add_argument("--no-align", action="store_true", help="leave out what needs transcripts and pocketsphinx")
+    arguments = parser.parse_args(argv)
+    if not arguments.describe and (arguments.speech is None) == (arguments.truth is None):
+        parser.error("give PRED and GT, or --speech DIR")
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, or 2 with one line on stderr for bad input."""
     arguments = _arguments(argv)
+    if arguments.describe:
+        from jambatalk.protocols import PROTOCOLS, describe
+
+        print("\n\n".join(map(describe, PROTOCOLS.values())))
+        return 0
+    return _compare(arguments) if arguments.speech is None else _measure_speech(arguments)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from jambatalk import comparison
+    from jambatalk.audio import AudioError
+    from jambatalk.data.vocaset import CorpusError
+    from jambatalk.export import ExportError
+    from jambatalk.protocols import PROTOCOLS, ProtocolError
+
+    try:
+        chosen = list(dict.fromkeys(arguments.protocol or ["jambatalk"]))
+        for name in chosen:
+            if name not in PROTOCOLS:
+                raise EvaluationError(f"--protocol {name}: known are {', '.join(PROTOCOLS)}")
+        protocols = [PROTOCOLS[name] for name in chosen]
+        for protocol in protocols:
+            if protocol.warning:
+                print(f"jambatalk.evaluate: warning: {protocol.warning}", file=sys.stderr)
+        setting = comparison.find(
+            arguments.predictions, arguments.truth, split=arguments.split, regions=arguments.regions,
+            fps=arguments.fps, baselines=arguments.baselines, style=arguments.subject or "auto",
+            device=arguments.device, units=arguments.units, data_fps=arguments.data_fps, skip_bad=arguments.skip_bad,
+        )  # fmt: skip
+        report = comparison.report(setting, protocols, _progress())
+        if arguments.pictures:
+            from jambatalk import pictures
+
+            report["pictures"] = str(pictures.write(setting, report, arguments.pictures))
+    except (EvaluationError, AudioError, CorpusError, ProtocolError, ExportError, comparison.ComparisonError) as error:
+        return _refuse(error)
+    print(json.dumps(_plain(report), indent=2) if arguments.json else comparison.table(report))
+    return 0
+
+
+def _progress() -> Any:
+    """What is being done, on the terminal only."""
+    return (lambda text: print(text, file=sys.stderr)) if sys.stderr.isatty() else None
+
+
+def _measure_speech(arguments: argparse.Namespace) -> int:
     try:
         clips = find_clips(arguments.speech)
         # Imported only now: --help and a mistyped folder should not wait for torch.

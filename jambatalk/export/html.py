@@ -65,6 +65,9 @@ def _page(animation: Animation) -> str:
     base, shapes, weights, weight_steps, error = _pack_motion(animation)
     rest = base.reshape(-1, 3) * (_BASE_STEP / 1000)
     colours, surface, eyes = _surface(rest, animation.regions.get("part"))
+    painted = animation.regions.get("colour")
+    if painted is not None and len(painted) == len(colours):
+        colours = np.where(np.isfinite(painted), painted, colours)
     light = _mouth_light(_ambient_light(rest, animation.faces), rest, animation.regions.get("part"))
     packed.add("faces", animation.faces.reshape(-1), "d32")
     packed.add("base", base, "d16" if np.abs(np.diff(base, prepend=0)).max(initial=0) < 1 << 15 else "d32")

@@ -409,7 +409,7 @@ async function main() {
   const hash = () => {
     const given = new URLSearchParams(location.hash.slice(1));
     if (given.has("t")) goto(parseFloat(given.get("t")) || 0);
-    for (const name of ["yaw", "pitch", "zoom"]) if (given.has(name)) stage[name] = parseFloat(given.get(name)) || stage[name];
+    for (const name of ["yaw", "pitch", "zoom"]) if (Number.isFinite(parseFloat(given.get(name)))) stage[name] = parseFloat(given.get(name));
     changed();
   };
   addEventListener("hashchange", hash);
