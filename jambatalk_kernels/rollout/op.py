@@ -37,7 +37,7 @@ def rollout(
         program: the decoder as data.
         inputs: (batch, frames, d): audio, style and periodic encoding already added.
         state: where an earlier call stopped; None starts anew. It is not changed, also when the call is interrupted.
-            Splitting a clip into calls at any point gives what one call gives.
+            Splitting a clip into calls at any point gives what one call gives. `save` and `load` keep it in a file.
         lengths: (batch,) integers: frames of each sequence; later ones are not computed (their hidden is zero) and
             leave that sequence's state alone.
         weights_dtype: round the matrices to this dtype first (the router never); arithmetic stays in the dtype of the
@@ -166,11 +166,12 @@ def _check_state(program: Program, inputs: Tensor, state: RolloutState) -> None:
             expected[f"{name}.k"] = (mine.k, (batch, capacity, mixer.kv_heads, mixer.head_dim))
             expected[f"{name}.v"] = (mine.v, (batch, capacity, mixer.kv_heads, mixer.head_dim))
             expected[f"{name}.position"] = (mine.position, (batch,))
+    device = inputs.device
     for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
+        if tensor.shape != shape:
             raise ValueError(f"state.{name} must be {shape}, got shape {tuple(tensor.shape)}")
-        if tensor.device != inputs.device:
-            raise ValueError(f"state.{name} must be on {inputs.device}, got {tensor.device}")
+        if tensor.device != device:
+            raise ValueError(f"state.{name} must be on {device}, got {tensor.device}")
         if name.endswith("position") and tensor.dtype != torch.int64:
             raise TypeError(f"state.{name} must be int64, got {tensor.dtype}")
 
