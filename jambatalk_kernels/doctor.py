@@ -29,7 +29,7 @@ WRITTEN: dict[str, tuple[str, ...]] = {
     "moe_mlp": ("cpu", "triton", "reference"),
     "rope_attention": ("cpu", "triton", "reference"),
     "rope_attention_step": ("cpu", "triton", "reference"),
-    "rollout": ("cpu", "triton", "reference"),
+    "rollout": ("cpu", "triton", "cuda", "reference"),
 }
 
 ENVIRONMENT = {

@@ -7,6 +7,7 @@
 #include <memory>
 #include <thread>
 
+#include "common/plan.h"
 #include "cpu/isa.h"
 #include "cpu/ops.h"
 #include "cpu/tensors.h"
@@ -15,39 +16,6 @@ namespace jambatalk {
 namespace {
 
 int64_t padded(int64_t size, int64_t to) { return (size + to - 1) / to * to; }
-
-// The program as `packing.py` writes it: integers in the order in which they are read here, and the sections of one
-// block of memory that they point to. What lies outside of it is refused.
-class Reader {
- public:
-  Reader(const Tensor& plan, const Tensor& storage) {
-    STD_TORCH_CHECK(plan.is_cpu() && plan.dim() == 1 && plan.is_contiguous() &&
-                        plan.scalar_type() == ScalarType::Long && storage.is_cpu() && storage.dim() == 1 &&
-                        storage.is_contiguous() && storage.scalar_type() == ScalarType::Byte,
-                    "rollout: expected plan (int64) and storage (uint8), one-dimensional on the CPU");
-    next_ = static_cast<const int64_t*>(plan.const_data_ptr()), end_ = next_ + plan.numel();
-    memory_ = static_cast<const char*>(storage.const_data_ptr()), size_ = storage.numel();
-  }
-
-  int64_t number(int64_t least, int64_t most = int64_t{1} << 24) {
-    STD_TORCH_CHECK(next_ < end_ && *next_ >= least && *next_ <= most, "rollout: this plan was not made by packing.py");
-    return *next_++;
-  }
-
-  const void* section(int64_t elements, int64_t element_size) {
-    const int64_t offset = number(0, size_);
-    STD_TORCH_CHECK(offset % 64 == 0 && elements >= 0 && elements <= (size_ - offset) / element_size,
-                    "rollout: a section of the plan is not in the storage");
-    return memory_ + offset;
-  }
-
-  void finish() const { STD_TORCH_CHECK(next_ == end_, "rollout: the plan has more than one program"); }
-
- private:
-  const int64_t *next_, *end_;
-  const char* memory_;
-  int64_t size_;
-};
 
 struct FreeMemory {
   void operator()(void* memory) const { std::free(memory); }
@@ -61,10 +29,20 @@ Memory zeroed_memory(size_t bytes) {
   return memory;
 }
 
+PlanReader reader_of(const Tensor& plan, const Tensor& storage) {
+  STD_TORCH_CHECK(plan.is_cpu() && plan.dim() == 1 && plan.is_contiguous() && plan.scalar_type() == ScalarType::Long &&
+                      storage.is_cpu() && storage.dim() == 1 && storage.is_contiguous() &&
+                      storage.scalar_type() == ScalarType::Byte,
+                  "rollout: expected plan (int64) and storage (uint8), one-dimensional on the CPU");
+  return {static_cast<const int64_t*>(plan.const_data_ptr()), plan.numel(), storage.numel()};
+}
+
 class Program {
  public:
   Program(const Tensor& plan, const Tensor& storage, ScalarType compute)
-      : reader_(plan, storage), element_(compute == ScalarType::Double ? 8 : 4) {
+      : reader_(reader_of(plan, storage)),
+        memory_(static_cast<const char*>(storage.const_data_ptr())),
+        element_(compute == ScalarType::Double ? 8 : 4) {
     call.width = reader_.number(1);
     call.bfloat16 = reader_.number(0, 1) == 1;
     STD_TORCH_CHECK(!call.bfloat16 || compute == ScalarType::Float, "rollout: bfloat16 weights are for float32");
@@ -84,12 +62,15 @@ class Program {
   std::vector<RolloutLayer> layers;
 
  private:
-  const void* vector(int64_t size) { return reader_.section(size, element_); }
+  const void* section(int64_t elements, int64_t element_size) {
+    return memory_ + reader_.section(elements, element_size);
+  }
+  const void* vector(int64_t size) { return section(size, element_); }
 
   PackedMatrix matrix(int64_t out, int64_t in, int64_t count) {
     PackedMatrix result;
     result.in = padded(in, kInputPadding), result.panels = padded(out, kPanel) / kPanel;
-    result.data = reader_.section(count * result.panels * kPanel * result.in, call.bfloat16 ? 2 : element_);
+    result.data = section(count * result.panels * kPanel * result.in, call.bfloat16 ? 2 : element_);
     return result;
   }
 
@@ -102,7 +83,7 @@ class Program {
       layer.heads = reader_.number(1, 1 << 12), layer.kv_heads = reader_.number(1, layer.heads);
       layer.head_dim = reader_.number(2, 1 << 12), layer.window = reader_.number(0, int64_t{1} << 40);
       STD_TORCH_CHECK(layer.heads % layer.kv_heads == 0 && layer.head_dim % 2 == 0, "rollout: heads do not fit");
-      layer.frequency = static_cast<const double*>(reader_.section(layer.head_dim / 2, 8));
+      layer.frequency = static_cast<const double*>(section(layer.head_dim / 2, 8));
       layer.in = matrix((layer.heads + 2 * layer.kv_heads) * layer.head_dim, d, 1);
       layer.out = matrix(d, layer.heads * layer.head_dim, 1);
     } else {
@@ -124,7 +105,8 @@ class Program {
     layer.w_out = matrix(d, layer.hidden, layer.experts);
   }
 
-  Reader reader_;
+  PlanReader reader_;
+  const char* memory_;
   int64_t element_;
 };
 

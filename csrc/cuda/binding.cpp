@@ -16,7 +16,9 @@
 #include <initializer_list>
 #include <optional>
 #include <tuple>
+#include <vector>
 
+#include "common/plan.h"
 #include "cuda/launch.h"
 #include "cuda/ops.h"
 
@@ -446,6 +448,141 @@ Tensor moe_route_backward(const OptionalTensor& grad_weights, const OptionalTens
   route.grad_logits = call.array("grad_logits", grad_logits, {tokens, count});
   call.launched(launch_route_backward(route));
   return grad_logits;
+}
+
+namespace {
+
+// The packed program as the kernel takes it: sections become offsets in units of 64 bytes.
+class RolloutProgram {
+ public:
+  RolloutProgram(const Call& call, RolloutCall& rollout, const Tensor& plan, const Tensor& storage)
+      : reader_(static_cast<const int64_t*>(plan.const_data_ptr()), plan.numel(), storage.numel()) {
+    call.check(storage.numel() < int64_t{1} << 38, "the packed program is too large");
+    width_ = number(1, 1 << 15), half_ = number(0, 1) == 1;
+    rollout.width = int32_t(width_), rollout.bfloat16 = half_;
+    rollout.layer_count = number(0, kRolloutLayers);
+    rollout.final_norm = floats(width_);
+    rollout.has_feedback = number(0, 1);
+    if (rollout.has_feedback) rollout.feedback = matrix(width_, width_, 1), rollout.feedback_bias = floats(up(width_));
+    for (int32_t l = 0; l < rollout.layer_count; ++l) read(call, rollout.layers[l]);
+    reader_.finish();
+  }
+
+ private:
+  static constexpr int64_t kPanel = 32;
+  static int64_t up(int64_t size, int64_t to = kPanel) { return (size + to - 1) / to * to; }
+
+  int32_t number(int64_t least, int64_t most) { return int32_t(reader_.number(least, most)); }
+  uint32_t floats(int64_t size) { return uint32_t(reader_.section(size, 4) / 64); }
+  uint32_t matrix(int64_t out, int64_t in, int64_t count) {
+    return uint32_t(reader_.section(count * up(out) * up(in, 8), half_ ? 2 : 4) / 64);
+  }
+
+  void read(const Call& call, RolloutLayer& layer) {
+    constexpr int64_t kMost = 1 << 15;
+    layer.attention = number(0, 1);
+    layer.norm = floats(width_);
+    if (layer.attention) {
+      layer.heads = number(1, 1 << 10), layer.kv_heads = number(1, layer.heads);
+      layer.head_dim = number(2, kRolloutHeadDim), layer.window = number(0, int64_t{1} << 30);
+      call.check(layer.heads % layer.kv_heads == 0 && layer.head_dim % 2 == 0, "heads do not fit");
+      layer.frequency = uint32_t(reader_.section(layer.head_dim / 2, 8) / 64);
+      layer.in = matrix(int64_t(layer.heads + 2 * layer.kv_heads) * layer.head_dim, width_, 1);
+      layer.out = matrix(width_, int64_t(layer.heads) * layer.head_dim, 1);
+    } else {
+      layer.inner = number(1, kMost), layer.width = number(1, 16), layer.rank = number(1, kMost);
+      layer.states = number(1, 1 << 10);
+      const int64_t channels = up(layer.inner);
+      layer.in = matrix(2 * channels, width_, 1), layer.x_proj = matrix(layer.rank + 2 * layer.states, layer.inner, 1);
+      layer.dt_proj = matrix(layer.inner, layer.rank, 1), layer.out = matrix(width_, layer.inner, 1);
+      layer.taps = floats(channels * (layer.width + 1)), layer.A = floats(channels * layer.states);
+      layer.D = floats(channels), layer.dt_bias = floats(channels);
+      layer.dt_norm = floats(layer.rank), layer.b_norm = floats(layer.states), layer.c_norm = floats(layer.states);
+    }
+    layer.mlp_norm = floats(width_);
+    layer.experts = number(1, kRolloutExperts), layer.top_k = number(1, std::min(layer.experts, kRolloutSlots));
+    layer.hidden = number(1, kMost);
+    layer.has_router = number(0, 1);
+    if (layer.has_router) layer.router = floats(layer.experts * up(width_));
+    call.check(layer.has_router || layer.experts == 1, "experts need a router");
+    layer.w_in = matrix(2 * up(layer.hidden, kPanel / 2), width_, layer.experts);
+    layer.w_out = matrix(width_, layer.hidden, layer.experts);
+  }
+
+  PlanReader reader_;
+  int64_t width_;
+  bool half_;
+};
+
+// The state's tensors, in the order of RolloutState.tensors(), and after them what the watchdog writes.
+void attach_state(const Call& call, RolloutCall& rollout, const std::vector<Tensor>& state) {
+  size_t at = 0;
+  const auto next = [&](const char* name, ScalarType type, std::initializer_list<int64_t> sizes) {
+    call.check(at < state.size(), "state has too few tensors");
+    const Tensor& tensor = state[at++];
+    const auto shape = tensor.sizes();
+    call.check(call.is_here(tensor) && tensor.is_contiguous() && tensor.scalar_type() == type &&
+                   shape.size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), shape.begin()) &&
+                   reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0,
+               "state: ", name, " does not fit the program");
+    return const_cast<void*>(tensor.const_data_ptr());
+  };
+  const int64_t batch = rollout.batch;
+  for (int32_t l = 0; l < rollout.layer_count; ++l) {
+    RolloutLayer& layer = rollout.layers[l];
+    if (layer.attention) {
+      const int64_t capacity = at < state.size() && state[at].dim() == 4 ? state[at].size(1) : 0;
+      call.check(capacity >= 1 && capacity < int64_t{1} << 30, "state: the cache has no room, or too much");
+      layer.capacity = int32_t(capacity);
+      const auto cache = {batch, capacity, int64_t{layer.kv_heads}, int64_t{layer.head_dim}};
+      layer.keys = static_cast<float*>(next("k", ScalarType::Float, cache));
+      layer.values = static_cast<float*>(next("v", ScalarType::Float, cache));
+      layer.position = static_cast<int64_t*>(next("position", ScalarType::Long, {batch}));
+    } else {
+      layer.conv = static_cast<float*>(next("conv", ScalarType::Float, {batch, layer.width - 1, layer.inner}));
+      layer.scan = static_cast<float*>(next("scan", ScalarType::Float, {batch, layer.inner, layer.states}));
+    }
+  }
+  rollout.feedback_state = static_cast<float*>(next("feedback", ScalarType::Float, {batch, rollout.width}));
+  rollout.position = static_cast<int64_t*>(next("position", ScalarType::Long, {batch}));
+  rollout.error = static_cast<int32_t*>(next("the watchdog's word", ScalarType::Int, {1}));
+  call.check(at == state.size(), "state has too many tensors");
+}
+
+}  // namespace
+
+// `workers`: blocks per sequence; `group` is the CPU's and 1 here.
+void rollout(const Tensor& plan, const Tensor& storage, const Tensor& inputs, const Tensor& lengths,
+             const Tensor& hidden, std::vector<Tensor> state, int64_t begin, int64_t end, double eps, int64_t group,
+             int64_t workers) {
+  const Call call("rollout", inputs);
+  call.check(
+      inputs.dim() == 3 && inputs.scalar_type() == ScalarType::Float && hidden.scalar_type() == ScalarType::Float,
+      "expected inputs and hidden (batch, frames, d) of float32");
+  call.check(plan.is_cpu() && plan.dim() == 1 && plan.is_contiguous() && plan.scalar_type() == ScalarType::Long &&
+                 call.is_here(storage) && storage.dim() == 1 && storage.is_contiguous() &&
+                 storage.scalar_type() == ScalarType::Byte &&
+                 reinterpret_cast<uintptr_t>(storage.const_data_ptr()) % 16 == 0,
+             "expected plan (int64) on the CPU and storage (uint8) beside inputs, one-dimensional");
+  RolloutCall rollout{};
+  const RolloutProgram program(call, rollout, plan, storage);
+  const int64_t batch = rollout.batch = inputs.size(0), frames = inputs.size(1);
+  call.check(0 <= begin && begin <= end && end <= frames, "bad range of frames");
+  call.check(group == 1 && workers >= 1 && workers <= 1 << 16, "bad number of blocks");
+  rollout.begin = begin, rollout.end = end, rollout.eps = float(eps), rollout.team = int32_t(workers);
+  rollout.storage = static_cast<const unsigned char*>(storage.const_data_ptr());
+  rollout.inputs = call.array("inputs", inputs, {batch, frames, rollout.width});
+  rollout.hidden = call.array("hidden", hidden, {batch, frames, rollout.width});
+  call.check(lengths.scalar_type() == ScalarType::Long && lengths.is_contiguous() && lengths.dim() == 1 &&
+                 lengths.size(0) == batch && call.is_here(lengths),
+             "expected lengths (batch,) int64 beside inputs");
+  rollout.lengths = static_cast<const int64_t*>(lengths.const_data_ptr());
+  attach_state(call, rollout, state);
+  rollout.device = call.device();
+  place_rollout(rollout);
+  Tensor workspace = call.create(ScalarType::Byte, {rollout_workspace(rollout)});
+  rollout.workspace = workspace.mutable_data_ptr();
+  call.launched(launch_rollout(rollout));
 }
 
 void empty_op(const Tensor&) {}

@@ -194,13 +194,65 @@ JT_DEVICE T sigmoid(T x) {
 JT_DEVICE float silu_16bit(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 JT_DEVICE float sigmoid_16bit(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 
+// ---- blocks that meet
+
+// 16 bytes that nobody writes while the kernel runs and that this multiprocessor needs once in a while only.
+JT_DEVICE uint4 load_streamed(const uint4* at) {
+#if defined(__CUDACC__)
+  uint4 value;
+  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+      : "l"(at));
+  return value;
+#else
+  return *at;
+#endif
+}
+
+// What this block wrote before is seen by whoever reads the new value with load_acquire.
+JT_DEVICE void add_release(unsigned* at, unsigned value) {
+#if defined(__CUDACC__)
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
+#else
+  *at += value;
+#endif
+}
+JT_DEVICE unsigned load_acquire(const unsigned* at) {
+#if defined(__CUDACC__)
+  unsigned value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+  return value;
+#else
+  return *at;
+#endif
+}
+
+// Nanoseconds of the device's clock. On the host a millisecond passes with every look, and other threads go on.
+JT_DEVICE uint64_t look_at_clock() {
+#if defined(__CUDACC__)
+  uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+#else
+  return cuda_on_cpu::look_at_clock();
+#endif
+}
+
 // ---- launches
 
+// How many blocks the device holds at once.
+template <class... Parameters>
+int64_t most_blocks(void (*kernel)(Parameters...), int threads, int64_t shared, const Device& device) {
+  int blocks = 0;
+  const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, size_t(shared));
+  return error == cudaSuccess ? int64_t(blocks) * device.multiprocessors : 0;
+}
+
 // kernel<<<blocks, threads, shared, stream>>>(arguments...), with the error, and the permission that more than 48 KB of
-// dynamic shared memory needs. An empty grid launches nothing.
+// dynamic shared memory needs. An empty grid launches nothing. `together`: all blocks run at once, or none does.
 template <class... Parameters, class... Arguments>
-const char* launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, int64_t shared, const Device& device,
-                   const Arguments&... arguments) {
+const char* launch_some(bool together, void (*kernel)(Parameters...), dim3 blocks, dim3 threads, int64_t shared,
+                        const Device& device, const Arguments&... arguments) {
   if (blocks.x == 0 || blocks.y == 0 || blocks.z == 0) return nullptr;
   cudaError_t error = cudaSuccess;
   if (shared > 48 * 1024) {
@@ -211,11 +263,20 @@ const char* launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, int
     cudaLaunchConfig_t config{};
     config.gridDim = blocks, config.blockDim = threads, config.dynamicSmemBytes = size_t(shared);
     config.stream = static_cast<cudaStream_t>(device.stream);
+    cudaLaunchAttribute cooperative{};
+    cooperative.id = cudaLaunchAttributeCooperative, cooperative.val.cooperative = 1;
+    if (together) config.attrs = &cooperative, config.numAttrs = 1;
     error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
   }
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();  // clear it: it is reported here
   return cudaGetErrorString(error);
+}
+
+template <class... Parameters, class... Arguments>
+const char* launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, int64_t shared, const Device& device,
+                   const Arguments&... arguments) {
+  return launch_some(false, kernel, blocks, threads, shared, device, arguments...);
 }
 
 }  // namespace jambatalk::cuda

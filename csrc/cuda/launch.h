@@ -142,4 +142,54 @@ struct RouteBackward : RouteCall {
 };
 const char* launch_route_backward(const RouteBackward& call);
 
+// ---------------------------------------------------------------------------------------------------------------------
+// rollout.cu. The whole autoregressive loop in float32: the packed program (jambatalk_kernels/rollout/packing.py, what
+// it calls "cuda"), as offsets into one block of memory in units of 64 bytes. A matrix (out, in) lies as
+// [out / 32][in / v][32][v], 16 bytes of neighbours of `in` together (v = 4, or 8 in bfloat16); `in` is padded to 8,
+// `out` to 32.
+
+constexpr int kRolloutLayers = 16;  // what fits into a kernel's parameters
+constexpr int kRolloutThreads = 512;
+constexpr int kRolloutHeadDim = 128;
+constexpr int kRolloutExperts = 256, kRolloutSlots = 16;
+
+struct RolloutLayer {
+  uint32_t norm, in, out, mlp_norm, router, w_in, w_out;
+  uint32_t x_proj, dt_proj, taps, A, D, dt_bias, dt_norm, b_norm, c_norm;  // Mamba
+  uint32_t frequency;                                                      // attention: float64, radians per position
+  int32_t attention, has_router, experts, top_k, hidden;
+  int32_t inner, width, rank, states;                   // Mamba
+  int32_t heads, kv_heads, head_dim, window, capacity;  // attention; window 0: none
+  float *conv, *scan;                                   // (batch, width - 1, inner), (batch, inner, states)
+  float *keys, *values;                                 // (batch, capacity, kv_heads, head_dim)
+  int64_t* position;                                    // (batch,)
+};
+
+// Where a sequence's vectors are, in floats from the start of its block's memory. Multiples of 8, to which products
+// read.
+struct RolloutPlaces {
+  int32_t x, normed, feedback, first, gate, projected, low, mixed, activated, parts, scratch, end;
+};
+
+struct RolloutCall {
+  int32_t width, layer_count, has_feedback, bfloat16;
+  uint32_t final_norm, feedback, feedback_bias;
+  int32_t team;  // blocks per sequence
+  float eps;
+  int64_t batch, begin, end;  // frames of this call
+  const unsigned char* storage;
+  Array inputs, hidden;    // (batch, frames, width); hidden is written where a sequence has a frame
+  const int64_t* lengths;  // (batch,)
+  float* feedback_state;   // (batch, width)
+  int64_t* position;       // (batch,)
+  int32_t* error;          // becomes 1 where the blocks of a team did not meet; the states are then worth nothing
+  void* workspace;
+  RolloutPlaces at;
+  Device device;
+  RolloutLayer layers[kRolloutLayers];
+};
+void place_rollout(RolloutCall& call);  // fills `at`
+int64_t rollout_workspace(const RolloutCall& call);
+const char* launch_rollout(const RolloutCall& call);
+
 }  // namespace jambatalk::cuda

@@ -41,6 +41,10 @@ Tensor moe_route_backward(const OptionalTensor& grad_weights, const OptionalTens
                           const OptionalTensor& grad_probability_sums, const Tensor& logits, const Tensor& weights,
                           const Tensor& experts, const Tensor& probabilities, bool renormalize);
 
+void rollout(const Tensor& plan, const Tensor& storage, const Tensor& inputs, const Tensor& lengths,
+             const Tensor& hidden, std::vector<Tensor> state, int64_t begin, int64_t end, double eps, int64_t group,
+             int64_t workers);
+
 void empty_op(const Tensor& x);
 
 template <class Library>
@@ -53,6 +57,7 @@ void implement_ops(Library& m) {
   m.impl("causal_conv1d_step", TORCH_BOX(&causal_conv1d_step));
   m.impl("moe_route", TORCH_BOX(&moe_route));
   m.impl("moe_route_backward", TORCH_BOX(&moe_route_backward));
+  m.impl("rollout", TORCH_BOX(&rollout));
   m.impl("empty_op", TORCH_BOX(&empty_op));
 }
 

@@ -9,7 +9,7 @@ from jambatalk_kernels.attention.op import MAX_TRITON_HEAD_DIM
 from jambatalk_kernels.attention.reference import KVCache
 from jambatalk_kernels.backends import Reason, candidates, choose, native_library
 from jambatalk_kernels.moe.heuristics import MAX_EXPERTS, MAX_TOP_K
-from jambatalk_kernels.rollout import cpu, graph, reference
+from jambatalk_kernels.rollout import cpu, cuda, graph, reference
 from jambatalk_kernels.rollout.program import (
     AttentionMixer,
     MambaMixer,
@@ -41,10 +41,17 @@ def rollout(
         lengths: (batch,) integers: frames of each sequence; later ones are not computed (their hidden is zero) and
             leave that sequence's state alone.
         weights_dtype: round the matrices to this dtype first (the router never); arithmetic stays in the dtype of the
-            inputs, and so it does under autocast. On `cpu` bfloat16 is also how they are stored.
+            inputs, and so it does under autocast. bfloat16 is also how they are stored: on `cpu` and `cuda`, and on
+            `triton` for up to 8 sequences.
 
     Returns:
         hidden (batch, frames, d) after the final norm, and the state for the next call. No gradients.
+
+    On a GPU `triton` replays a CUDA graph of the step kernels (float32, bfloat16 or float16; the first call with a
+    program, batch and dtypes captures it; a state of attention without a window is asked for its position, which
+    waits for the device; nothing else does). `cuda` runs all frames in one persistent kernel (float32), one block per
+    sequence up to d 128, otherwise all blocks of the card; it waits for the device every 2048 frames, when Ctrl-C is
+    heard and its watchdog is read: blocks that do not meet within 4 seconds are a RuntimeError.
 
     Cost: on `cpu` a frame reads every matrix that it needs once (of the experts only the chosen ones), for all of a
     batch together where they are large; that reading binds: 4 bytes a weight, 2 in bfloat16. The first call with a
@@ -61,6 +68,8 @@ def rollout(
     with torch.no_grad():
         if chosen == "cpu":
             return cpu.rollout(_NATIVE, program, inputs, state, lengths, weights_dtype)
+        if chosen == "cuda":
+            return cuda.rollout(_NATIVE, program, inputs, state, lengths, weights_dtype)
         with torch.autocast(inputs.device.type, enabled=False):
             if chosen == "triton":
                 return graph.rollout(program, inputs, state, lengths, weights_dtype)
@@ -68,12 +77,14 @@ def rollout(
 
 
 def _options(program: Program, inputs: Tensor, state: RolloutState | None) -> Mapping[str, Reason]:
-    options = {**candidates("rollout", inputs), "cuda": "no kernel is written for it yet"}
+    options = dict(candidates("rollout", inputs))
     if options["cpu"] is None:
         options["cpu"] = _why_not_native(program, inputs, state)
     if options["triton"] is None or callable(options["triton"]):
         other = options["triton"]
         options["triton"] = lambda: _why_not_triton(program, inputs, state) or (other() if callable(other) else other)
+    if options["cuda"] is None:
+        options["cuda"] = _why_not_cuda(program, inputs, state)
     return options
 
 
@@ -92,6 +103,22 @@ def _why_not_triton(program: Program, inputs: Tensor, state: RolloutState | None
             return f"its attention has head_dim up to {MAX_TRITON_HEAD_DIM}"
         if isinstance(mlp, MoEMLP) and (mlp.router.shape[0] > MAX_EXPERTS or mlp.top_k > MAX_TOP_K):
             return f"it has up to {MAX_EXPERTS} experts and top_k {MAX_TOP_K}"
+    return _too_many_taps(program) or _other_dtype(inputs, state)
+
+
+def _why_not_cuda(program: Program, inputs: Tensor, state: RolloutState | None) -> str | None:
+    if inputs.dtype != torch.float32:
+        return f"it computes in float32, and the inputs are {inputs.dtype}"
+    if len(program.layers) > cuda.MOST_LAYERS:
+        return f"it has up to {cuda.MOST_LAYERS} layers"
+    for layer in program.layers:
+        mixer, mlp = layer.mixer, layer.mlp
+        if isinstance(mixer, AttentionMixer) and mixer.head_dim > cuda.MOST_HEAD_DIM:
+            return f"its attention has head_dim up to {cuda.MOST_HEAD_DIM}"
+        if isinstance(mlp, MoEMLP) and (mlp.router.shape[0] > cuda.MOST_EXPERTS or mlp.top_k > cuda.MOST_SLOTS):
+            return f"it has up to {cuda.MOST_EXPERTS} experts and top_k {cuda.MOST_SLOTS}"
+    if cuda.vector_bytes(program) > cuda.MOST_VECTOR_BYTES:
+        return f"a sequence's vectors must fit into {cuda.MOST_VECTOR_BYTES >> 10} KB (those of d 1024 do)"
     return _too_many_taps(program) or _other_dtype(inputs, state)
 
 

@@ -1,9 +1,12 @@
-"""A program as the native rollout reads it: one block of memory and a list of integers (csrc/cpu/rollout.cpp, Reader).
+"""A program as the native rollouts read it: one block of memory and a list of integers (csrc/common/plan.h).
 
 Matrices (out, in) become panels of 32 outputs, [out / 32][in][32], so that a product with a vector is one stream with
 outputs in vector lanes; in bfloat16 two neighbours of `in` share a lane, [out / 32][in / 2][32][2]. `in` is padded to a
-multiple of 4, `out` to one of 32, with zeros. Everything else keeps the dtype of the program: norms, biases, the
-convolution, A (times log2 e, for an exp2), D and the router, so that the choice of experts is that of the program.
+multiple of 4, `out` to one of 32, with zeros. On a GPU a lane reads 16 bytes at once, so as many neighbours as they
+hold lie together, 4 or, in bfloat16, 8, and `in` is padded to a multiple of 8.
+
+Everything else keeps the dtype of the program: norms, biases, the convolution, A (times log2 e, for an exp2), D and the
+router, so that the choice of experts is that of the program.
 """
 
 import math
@@ -25,7 +28,8 @@ from jambatalk_kernels.rollout.program import (
     tensors_of,
 )
 
-PANEL, INPUT_PADDING, ALIGNMENT = 32, 4, 64  # kPanel, kInputPadding of csrc/cpu/kernels.h; bytes
+PANEL, ALIGNMENT = 32, 64  # kPanel of csrc/cpu/kernels.h; bytes
+INPUT_PADDING = {"cpu": 4, "cuda": 8}  # kInputPadding; csrc/cuda/launch.h
 
 
 class Packed(NamedTuple):
@@ -41,7 +45,7 @@ class _Kept:
         self.tensors = tensors_of(program)
         self.counted = [tensor for tensor in self.tensors if not tensor.is_inference()]  # the others have no version
         self.versions: list[int] = []
-        self.packed: dict[torch.dtype, Packed] = {}
+        self.packed: dict[tuple[torch.dtype, torch.device], Packed] = {}
 
 
 _kept: weakref.WeakKeyDictionary[Program, _Kept] = weakref.WeakKeyDictionary()
@@ -55,10 +59,10 @@ def pack(program: Program, weights_dtype: torch.dtype | None) -> Packed:
     versions = [tensor._version for tensor in kept.counted] + [tensor.data_ptr() for tensor in kept.tensors]
     if kept.versions != versions:
         kept.versions, kept.packed = versions, {}
-    dtype = weights_dtype or program.final_norm.dtype
-    if dtype not in kept.packed:
-        kept.packed[dtype] = _pack(program, dtype)
-    return kept.packed[dtype]
+    dtype, device = weights_dtype or program.final_norm.dtype, program.final_norm.device
+    if (dtype, device) not in kept.packed:
+        kept.packed[dtype, device] = _pack(program, dtype, device)
+    return kept.packed[dtype, device]
 
 
 def _padded(size: int, to: int) -> int:
@@ -68,8 +72,11 @@ def _padded(size: int, to: int) -> int:
 class _Writer:
     """Collects the plan and the sections; `finish` allocates the storage and fills it."""
 
-    def __init__(self, dtype: torch.dtype, half: bool) -> None:
+    def __init__(self, dtype: torch.dtype, half: bool, kind: str) -> None:
         self.dtype, self.half = dtype, half
+        # Neighbours of `in` that lie together.
+        self.group = 16 // (2 if half else dtype.itemsize) if kind == "cuda" else 2 if half else 1
+        self.input_padding = INPUT_PADDING[kind]
         self.plan: list[int] = []
         self.fills: list[tuple[int, int, torch.dtype, Callable[[Tensor], None]]] = []
         self.size = 0
@@ -111,8 +118,7 @@ class _Writer:
         half a panel's lanes share panels, half each."""
         parts = tuple(part if part.dim() == 3 else part[None] for part in parts)
         number, _, size = parts[0].shape
-        group = 2 if self.half else 1  # neighbours of `in` that lie together
-        inner = _padded(size, INPUT_PADDING)
+        group, inner = self.group, _padded(size, self.input_padding)
         heights = [_padded(part.shape[1], lanes) // lanes for part in parts]
         panels = sum(heights) * lanes // PANEL
 
@@ -136,8 +142,7 @@ class _Writer:
 def _place(target: Tensor, part: Tensor) -> None:
     """part (number, out, in) into target (number, panels, lanes, in / group, group)."""
     number, _, lanes, _, group = target.shape
-    if part.shape[2] % group:
-        part = torch.nn.functional.pad(part, (0, 1))
+    part = torch.nn.functional.pad(part, (0, -part.shape[2] % group))
     rows = part.reshape(*part.shape[:2], -1, group)
     whole, rest = divmod(rows.shape[1], lanes)
     target = target[:, :, :, : rows.shape[2]]
@@ -157,12 +162,14 @@ def _new_storage(size: int) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def _pack(program: Program, dtype: torch.dtype) -> Packed:
+def _pack(program: Program, dtype: torch.dtype, device: torch.device, kind: str | None = None) -> Packed:
+    """`kind`: of the layout, that of the device where it is not said."""
+    program = program.map(Tensor.cpu)
     compute = program.final_norm.dtype
     half = dtype == torch.bfloat16 and compute == torch.float32
     if dtype != compute and not half:
         program = program.rounded(dtype)  # there is no storage of that kind for it
-    writer = _Writer(compute, half)
+    writer = _Writer(compute, half, kind or device.type)
     width = program.width
     writer.numbers(width, int(half), len(program.layers))
     writer.vector(program.final_norm)
@@ -173,7 +180,7 @@ def _pack(program: Program, dtype: torch.dtype) -> Packed:
     for layer in program.layers:
         _pack_layer(writer, layer)
     plan, storage = writer.finish()
-    return Packed(plan, storage, frame_bytes(program, 2 if half else compute.itemsize))
+    return Packed(plan, storage.to(device), frame_bytes(program, 2 if half else compute.itemsize))
 
 
 def _pack_layer(writer: _Writer, layer: Layer) -> None:

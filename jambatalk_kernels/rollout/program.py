@@ -96,6 +96,16 @@ class Program:
     def width(self) -> int:
         return self.final_norm.shape[0]
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Program":
+        """A program with `function` applied to every tensor."""
+
+        def mapped(record):
+            values = {field.name: getattr(record, field.name) for field in fields(record)}
+            return replace(record, **{n: function(v) for n, v in values.items() if isinstance(v, Tensor)})
+
+        layers = tuple(Layer(mapped(layer.mixer), mapped(layer.mlp)) for layer in self.layers)
+        return replace(mapped(self), layers=layers)
+
     def rounded(self, dtype: torch.dtype | None) -> "Program":
         """The same program with its matrices rounded to `dtype` (values only; they keep their own dtype)."""
         if dtype is None:

@@ -26,7 +26,8 @@ BUILT = ROOT / "build" / "cuda_on_cpu"
 
 def load() -> SimpleNamespace:
     """-> the ops (selective_scan, moe_route and so on: the schemas of csrc/schemas.h) on CPU tensors, the library
-    itself, and ``order(backwards)``, which turns the order of threads and blocks around."""
+    itself, ``order(backwards)``, which turns the order of threads and blocks around, and ``lose_block(number)``: that
+    block of a cooperative launch never begins (-1: all do)."""
     if shutil.which("g++") is None:
         pytest.skip("no g++: the CUDA kernels cannot be compiled for the host")
     return _load()
@@ -44,7 +45,11 @@ def _load() -> SimpleNamespace:
     functions = {name + kind: getattr(ops, name + kind).default for name in kinds for kind in kinds[name]}
     library = ctypes.CDLL(str(path))
     return SimpleNamespace(
-        **functions, library=library, order=lambda backwards: library.cuda_on_cpu_order(int(backwards))
+        **functions,
+        rollout=ops.rollout.default,
+        library=library,
+        order=lambda backwards: library.cuda_on_cpu_order(int(backwards)),
+        lose_block=library.cuda_on_cpu_lose_block,
     )
 
 

@@ -9,8 +9,9 @@
 //     do not exist, or wait for something else.
 // Shared memory is full of NaN when a block begins, so is what a shuffle gets from a lane outside of its mask, and an
 // asynchronous copy happens when it is waited for, not before. Under AddressSanitizer an access beyond shared memory is
-// found too. What is not modelled: memory order within a warp beyond the two orders,
-// approximate functions (the exact ones run), occupancy, limits on registers.
+// found too. The blocks of a cooperative launch run in turns, each until all its threads wait or look at the clock;
+// static shared memory would be one for all of them. What is not modelled: memory order, within a warp beyond the two
+// orders and between blocks at all; approximate functions (the exact ones run), limits on registers.
 #pragma once
 
 #include <cmath>
@@ -26,6 +27,7 @@
 #define __host__
 #define __constant__ static
 #define __forceinline__ inline
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
 #if defined(CUDA_ON_CPU_ASAN)
@@ -58,14 +60,26 @@ CUDA_ON_CPU_VECTOR(unsigned, uint)
 
 // ---- the runtime
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorLaunchFailure = 719,
+  cudaErrorCooperativeLaunchTooLarge = 720
+};
 using cudaStream_t = struct CUstream_st*;
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative = 2 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int cooperative;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
-  void* attrs;
+  cudaLaunchAttribute* attrs;
   unsigned numAttrs;
 };
 
@@ -77,6 +91,13 @@ enum cudaDeviceAttr {
 // A small card, so that small inputs are cut into pieces too: 4 multiprocessors of sm_89.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount ? 4 : attribute == cudaDevAttrComputeCapabilityMajor ? 8 : 9;
+  return cudaSuccess;
+}
+
+// One block of any kernel on each of them.
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
+  *blocks = 1;
   return cudaSuccess;
 }
 
@@ -98,6 +119,7 @@ void wait_for_block(const char* file, int line);
 // Gives `value` to the lanes of `mask` and waits for theirs; -> the 32 values, valid until the next wait.
 const uint64_t* exchange(Operation operation, unsigned mask, uint64_t value, const char* file, int line);
 int lane();
+uint64_t look_at_clock();  // a millisecond later than the last time, and after everybody else had a turn
 void copy_later(void* target, const void* source, size_t bytes, size_t zeros);
 void commit_copies();
 void wait_for_copies(size_t but);
@@ -184,6 +206,10 @@ void __stcs(T* at, T value) {
   *at = value;
 }
 template <class T>
+void __stcg(T* at, T value) {
+  *at = value;
+}
+template <class T>
 void __stwb(T* at, T value) {
   *at = value;
 }
@@ -222,6 +248,9 @@ inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
 inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
+inline void sincospif(float x, float* sine, float* cosine) {
+  *sine = float(std::sin(double(x) * 3.141592653589793)), *cosine = float(std::cos(double(x) * 3.141592653589793));
+}
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline int __float2int_rn(float x) { return int(std::nearbyint(x)); }
 

@@ -47,7 +47,8 @@ struct Fiber {
 };
 
 std::vector<std::unique_ptr<Fiber>> fibers;  // kept: the stacks are reused
-size_t threads;                              // of this block: fibers[0 .. threads)
+Fiber** members;                             // of this block, `threads` of them
+size_t threads;
 Fiber* running;
 void* scheduler[5];
 const std::function<void()>* body;
@@ -56,6 +57,8 @@ unsigned char* shared;
 bool backwards;
 std::string error;
 std::unordered_map<const void*, int> allowed_shared;
+uint64_t milliseconds;
+int lost_block = -1;
 
 __attribute__((noinline)) void jump(void** place) { __builtin_longjmp(place, 1); }
 __attribute__((noinline)) void change(void** from, void** to) {
@@ -85,7 +88,7 @@ void resume(Fiber* fiber) {
   }
 }
 
-Fiber* new_fiber() {
+void new_fiber() {
   auto fiber = std::make_unique<Fiber>();
   void* stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (stack == MAP_FAILED) std::abort();
@@ -95,7 +98,6 @@ Fiber* new_fiber() {
   fiber->context.uc_link = nullptr;
   makecontext(&fiber->context, fiber_main, 0);
   fibers.push_back(std::move(fiber));
-  return fibers.back().get();
 }
 
 void wait() {
@@ -116,7 +118,7 @@ std::string describe(const Fiber& fiber) {
 bool release_warp(size_t first) {
   const size_t count = std::min<size_t>(32, threads - first);
   for (size_t i = 0; i < count; ++i) {
-    const Fiber& lane = *fibers[first + i];
+    const Fiber& lane = *members[first + i];
     if (lane.state != Fiber::kWaiting || lane.operation == Operation::kBarrier) continue;
     if ((lane.mask >> i & 1) == 0) {
       error = "the mask does not name the caller: " + describe(lane);
@@ -129,15 +131,15 @@ bool release_warp(size_t first) {
         error = "the mask names lanes that do not exist: " + describe(lane);
         return false;
       }
-      const Fiber& other = *fibers[first + j];
+      const Fiber& other = *members[first + j];
       complete = other.state == Fiber::kWaiting && other.operation == lane.operation && other.mask == lane.mask;
     }
     if (!complete) continue;
     const unsigned mask = lane.mask;
     for (size_t j = 0; j < count; ++j) {
       if ((mask >> j & 1) == 0) continue;
-      received[j] = fibers[first + j]->value;
-      fibers[first + j]->state = Fiber::kReady;
+      received[j] = members[first + j]->value;
+      members[first + j]->state = Fiber::kReady;
     }
     return true;
   }
@@ -151,18 +153,18 @@ bool release_block() {
   const auto together = [&](const Fiber& a, const Fiber& b) {
     return at_barrier(a) && at_barrier(b) && a.line == b.line && std::strcmp(a.file, b.file) == 0;
   };
-  const Fiber* first = fibers[0].get();
+  const Fiber* first = members[0];
   for (size_t i = 0; i < threads; ++i) {
-    if (together(*first, *fibers[i])) continue;
+    if (together(*first, *members[i])) continue;
     // Name two that wait for different things.
     const Fiber* other = fibers[i].get();
     for (size_t j = 0; j < threads && other->state == first->state && other->line == first->line; ++j) {
-      other = fibers[j].get();
+      other = members[j];
     }
     error = "the threads of a block have parted: " + describe(*first) + "; " + describe(*other);
     return false;
   }
-  for (size_t i = 0; i < threads; ++i) fibers[i]->state = Fiber::kReady;
+  for (size_t i = 0; i < threads; ++i) members[i]->state = Fiber::kReady;
   return true;
 }
 
@@ -187,32 +189,51 @@ int poison_static(dl_phdr_info* info, size_t, void*) {
   return 1;
 }
 
-void run_block() {
+struct Block {
+  uint3 index;
+  std::vector<Fiber*> fibers;
+  std::unique_ptr<unsigned char, decltype(&std::free)> memory{nullptr, &std::free};
+  bool ended = false;
+};
+
+void begin_block(Block& block, uint64_t number, size_t first_fiber, size_t shared_bytes) {
+  block.index = {unsigned(number % gridDim.x), unsigned(number / gridDim.x % gridDim.y),
+                 unsigned(number / gridDim.x / gridDim.y)};
+  block.memory.reset(static_cast<unsigned char*>(std::aligned_alloc(16, (shared_bytes + 15) / 16 * 16)));
+  if (shared_bytes > 0) std::memset(block.memory.get(), 0xff, shared_bytes);
+  while (fibers.size() < first_fiber + threads) new_fiber();
+  for (size_t i = 0; i < threads; ++i) {
+    Fiber* fiber = fibers[first_fiber + i].get();
+    fiber->state = Fiber::kReady;
+    fiber->thread = {unsigned(i) % blockDim.x, unsigned(i) / blockDim.x % blockDim.y,
+                     unsigned(i) / blockDim.x / blockDim.y};
+    fiber->copies.assign(1, {});
+    block.fibers.push_back(fiber);
+  }
+}
+
+// Until all threads of the block wait for the block, or look at the clock, or have ended.
+void advance(Block& block) {
+  blockIdx = block.index, shared = block.memory.get(), members = block.fibers.data();
+  const size_t warps = (threads + 31) / 32;
+  for (size_t w = 0; w < warps; ++w) {
+    const size_t first = (backwards ? warps - 1 - w : w) * 32, count = std::min<size_t>(32, threads - first);
+    do {
+      for (size_t i = 0; i < count; ++i) {
+        Fiber* fiber = members[first + (backwards ? count - 1 - i : i)];
+        if (fiber->state == Fiber::kReady) resume(fiber);
+      }
+    } while (release_warp(first));
+    if (!error.empty()) return;
+  }
+  const auto in = [&](Fiber::State state) { return [state](const Fiber* fiber) { return fiber->state == state; }; };
+  block.ended = std::all_of(block.fibers.begin(), block.fibers.end(), in(Fiber::kEnded));
+  if (!block.ended && std::none_of(block.fibers.begin(), block.fibers.end(), in(Fiber::kReady))) release_block();
+}
+
+void poison_shared_memory() {
   touched = 1;
   dl_iterate_phdr(poison_static, nullptr);
-  for (size_t i = 0; i < threads; ++i) {
-    Fiber& fiber = *fibers[i];
-    fiber.state = Fiber::kReady;
-    fiber.thread = {unsigned(i) % blockDim.x, unsigned(i) / blockDim.x % blockDim.y,
-                    unsigned(i) / blockDim.x / blockDim.y};
-    fiber.copies.assign(1, {});
-  }
-  const size_t warps = (threads + 31) / 32;
-  for (;;) {
-    for (size_t w = 0; w < warps; ++w) {
-      const size_t first = (backwards ? warps - 1 - w : w) * 32, count = std::min<size_t>(32, threads - first);
-      do {
-        for (size_t i = 0; i < count; ++i) {
-          Fiber* fiber = fibers[first + (backwards ? count - 1 - i : i)].get();
-          if (fiber->state == Fiber::kReady) resume(fiber);
-        }
-      } while (release_warp(first));
-      if (!error.empty()) return;
-    }
-    const auto ended = [](const auto& fiber) { return fiber->state == Fiber::kEnded; };
-    if (std::all_of(fibers.begin(), fibers.begin() + ptrdiff_t(threads), ended)) return;
-    if (!release_block()) return;
-  }
 }
 
 }  // namespace
@@ -246,6 +267,11 @@ void wait_for_copies(size_t but) {
   }
 }
 
+uint64_t look_at_clock() {
+  change(running->place, scheduler);
+  return ++milliseconds * 1'000'000;
+}
+
 cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& thread) {
   gridDim = config.gridDim, blockDim = config.blockDim;
   threads = size_t(blockDim.x) * blockDim.y * blockDim.z;
@@ -256,19 +282,33 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std:
       gridDim.z > 65535 || gridDim.x > 2147483647u || config.dynamicSmemBytes > most) {
     return cudaErrorInvalidConfiguration;
   }
-  while (fibers.size() < threads) new_fiber();
+  const uint64_t blocks = uint64_t(gridDim.x) * gridDim.y * gridDim.z;
+  const bool together = config.numAttrs > 0;
+  int multiprocessors = 0;
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0);
+  if (together && blocks > uint64_t(multiprocessors)) return cudaErrorCooperativeLaunchTooLarge;
   body = &thread;
   error.clear();
-  const std::unique_ptr<unsigned char, decltype(&std::free)> memory(
-      static_cast<unsigned char*>(std::aligned_alloc(16, (config.dynamicSmemBytes + 15) / 16 * 16)), &std::free);
-  shared = memory.get();
-  const uint64_t blocks = uint64_t(gridDim.x) * gridDim.y * gridDim.z;
-  for (uint64_t i = 0; i < blocks && error.empty(); ++i) {
-    const uint64_t block = backwards ? blocks - 1 - i : i;
-    blockIdx = {unsigned(block % gridDim.x), unsigned(block / gridDim.x % gridDim.y),
-                unsigned(block / gridDim.x / gridDim.y)};
-    if (config.dynamicSmemBytes > 0) std::memset(shared, 0xff, config.dynamicSmemBytes);
-    run_block();
+  if (together) {
+    poison_shared_memory();
+    std::vector<Block> running_blocks(blocks);
+    for (uint64_t i = 0; i < blocks; ++i) begin_block(running_blocks[i], i, i * threads, config.dynamicSmemBytes);
+    for (bool left = true; left && error.empty();) {
+      left = false;
+      for (uint64_t i = 0; i < blocks && error.empty(); ++i) {
+        const uint64_t number = backwards ? blocks - 1 - i : i;
+        if (running_blocks[number].ended || int(number) == lost_block) continue;
+        advance(running_blocks[number]);
+        left = true;
+      }
+    }
+  } else {
+    for (uint64_t i = 0; i < blocks && error.empty(); ++i) {
+      Block block;
+      begin_block(block, backwards ? blocks - 1 - i : i, 0, config.dynamicSmemBytes);
+      poison_shared_memory();
+      while (!block.ended && error.empty()) advance(block);
+    }
   }
   if (error.empty()) return cudaSuccess;
   fibers.clear();  // they stopped halfway
@@ -287,5 +327,8 @@ const char* cudaGetErrorString(cudaError_t error) {
   if (error == cudaErrorLaunchFailure) return cuda_on_cpu::error.c_str();
   return error == cudaSuccess ? "no error" : "invalid configuration argument";
 }
+
+// This block of cooperative launches never begins; -1: all do.
+extern "C" void cuda_on_cpu_lose_block(int number) { cuda_on_cpu::lost_block = number; }
 
 extern "C" void cuda_on_cpu_order(int backwards) { cuda_on_cpu::backwards = backwards != 0; }
