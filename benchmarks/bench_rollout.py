@@ -212,3 +212,62 @@ def test_one_frame_a_call(contest, native, preset):
     alone = case.seconds["50 frames a call"] / 50
     case.note("ms per frame", 1e3 * case.seconds["ours"])
     case.note("microseconds a call beyond its frame", 1e6 * (case.seconds["ours"] - alone))
+
+
+# ---- on a card ------------------------------------------------------------------------------------------------------
+
+# preset, arrangement -> most microseconds a frame of one sequence, by the graph and by the persistent kernel
+STEPS = {
+    ("vocaset", "moe-moe"): {"triton": 200, "cuda": 90},
+    ("vocaset", "m-m"): {"triton": None, "cuda": 60},
+    ("demo", "moe-moe"): {"triton": None, "cuda": 20},
+}
+GPU_FRAMES, AVATARS = 200, 256
+
+
+def cuda_case(preset, what, program, config, frames, backend, batch=1):
+    read = frame_bytes(program, 2)
+    return Case(
+        f"rollout {preset} {what}, {backend}", "rollout", "cuda",
+        bytes=frames * (read + 8 * batch * config.d_model),
+        operations={"float32": frames * batch * read},
+        limit="reading the weights",
+        facts={"preset": preset, "d": config.d_model, "layers": len(program.layers), "frames": frames, "batch": batch,
+               "active_weights": read // 2, "weights": "bfloat16", "backend": backend},
+    )  # fmt: skip
+
+
+def cuda_program(preset, **changes):
+    program, config = make_program(preset, **changes)
+    return program.map(torch.Tensor.cuda), config
+
+
+@pytest.mark.parametrize("preset, arrangement", STEPS)
+def test_cuda_step(contest, gpu, preset, arrangement):
+    """One sequence, float32 with bfloat16 weights: time per frame. The graph is the peer of the persistent kernel."""
+    program, config = cuda_program(preset, arrangement=arrangement)
+    case = cuda_case(preset, f"{arrangement} step bfloat16", program, config, GPU_FRAMES, gpu)
+    inputs = [{"x": torch.randn(1, GPU_FRAMES, config.d_model, device="cuda")}]
+
+    def call(backend):
+        return lambda i: rollout(program, i["x"], weights_dtype=torch.bfloat16, backend=backend)
+
+    others = {} if gpu == "triton" else {"graph": call("triton")}
+    contest(case, call(gpu), inputs, others, rounds=20)
+    microseconds = 1e6 * case.seconds["ours"] / GPU_FRAMES
+    most = STEPS[preset, arrangement][gpu]
+    if most is None:
+        case.note("microseconds a frame", microseconds)
+    else:
+        case.bar("microseconds a frame", microseconds, most=most)
+
+
+def test_cuda_avatars(contest, gpu):
+    """Many sequences of the demo's size side by side: frames per second of each."""
+    program, config = cuda_program("demo")
+    case = cuda_case("demo", f"{AVATARS} sequences bfloat16", program, config, 60, gpu, batch=AVATARS)
+    inputs = [{"x": torch.randn(AVATARS, 60, config.d_model, device="cuda")}]
+    contest(
+        case, lambda i: rollout(program, i["x"], weights_dtype=torch.bfloat16, backend=gpu), inputs, {}, rounds=10
+    )  # fmt: skip
+    case.bar("frames/s of each sequence", 60 / case.seconds["ours"], least=30)

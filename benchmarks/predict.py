@@ -340,7 +340,68 @@ def _route_cuda(tokens: int, card: Card) -> Prediction:
     return Prediction(first.seconds + second.seconds, f"{first.limit}, and of the launches")
 
 
-# By the name that the benchmark has: see bench_selective_scan.py, bench_causal_conv1d.py, bench_moe.py.
+# ---- the loop
+
+# kernels.md 1.0 and 5: what an L2 delivers to one multiprocessor per clock and in all, in bytes; a barrier of the whole
+# grid by others' kernels (0.7 to 1.7 us for a phase, its work included), one of a block.
+L2_PER_CLOCK, L2_BANDWIDTH = 64, 5e12
+GRID_BARRIER, BLOCK_BARRIER = 0.7e-6, 0.1e-6
+MIXERS = {"moe-moe": "EMETEME", "m-m": "MEMTMEM"}
+LOOPS = {
+    "vocaset": dict(d=512, heads=8, head_dim=64, hidden=1024),
+    "demo": dict(d=128, heads=4, head_dim=32, hidden=256),
+}
+TOP_K = 2
+# Of the graph: a frame's own launches, and those of each kind of mixer and MLP (jambatalk_kernels/rollout/graph.py).
+# Of the persistent kernel: meetings (csrc/cuda/rollout.cu).
+LAUNCHES = {"frame": 9, "Mamba": 7, "attention": 8, "dense": 2, "experts": 6}
+MEETINGS = {"frame": 1, "Mamba": 4, "attention": 3, "dense": 2, "experts": 2}
+
+
+def active_weights(preset: str, arrangement: str) -> int:
+    """Elements of the matrices that one frame reads."""
+    d, hidden = LOOPS[preset]["d"], LOOPS[preset]["hidden"]
+    inner, rank = 2 * d, -(-d // 16)
+    mamba = 2 * inner * d + (rank + 2 * STATES) * inner + inner * rank + d * inner
+    attention = (2 * LOOPS[preset]["heads"] + 2) * LOOPS[preset]["head_dim"] * d
+    kinds = MIXERS[arrangement]
+    mlps = len(kinds) + (TOP_K - 1) * kinds.count("E")
+    return d * d + attention + mamba * (len(kinds) - kinds.count("T")) + 3 * hidden * d * mlps
+
+
+def _events(counts: dict[str, int], arrangement: str) -> int:
+    kinds = MIXERS[arrangement]
+    mixers = sum(counts["attention" if kind == "T" else "Mamba"] for kind in kinds)
+    return counts["frame"] + mixers + sum(counts["experts" if kind == "E" else "dense"] for kind in kinds)
+
+
+def _loop_graph(preset: str, arrangement: str, card: Card) -> Prediction:
+    """One frame: every launch with its ramp, and the bfloat16 weights, from L2 where they fit there."""
+    moved = 2 * active_weights(preset, arrangement)
+    bandwidth = L2_BANDWIDTH if moved < 0.8 * card.cache else card.copy_bandwidth
+    launches = _events(LAUNCHES, arrangement)
+    seconds = {f"{launches} launches": launches * (LAUNCH + RAMP), "reading the weights": moved / bandwidth}
+    return Prediction(sum(seconds.values()), max(seconds, key=seconds.__getitem__))
+
+
+def _loop_persistent(preset: str, arrangement: str, card: Card) -> Prediction:
+    """One frame: meetings, two loads from L2 one after the other in each phase, and the weights."""
+    alone = LOOPS[preset]["d"] <= 128
+    blocks = 1 if alone else min(128, card.multiprocessors)
+    moved = 2 * active_weights(preset, arrangement)
+    shared = L2_BANDWIDTH if moved < 0.8 * card.cache else card.copy_bandwidth
+    bandwidth = min(blocks * L2_PER_CLOCK * card.clock, shared)
+    meetings = _events(MEETINGS, arrangement)
+    loads = (1 if alone else 2) * LATENCY["LDG"] / card.clock
+    seconds = {
+        f"{meetings} meetings": meetings * ((BLOCK_BARRIER if alone else GRID_BARRIER) + loads),
+        "reading the weights": moved / bandwidth,
+    }
+    return Prediction(sum(seconds.values()), max(seconds, key=seconds.__getitem__))
+
+
+# By the name that the benchmark has: see bench_selective_scan.py, bench_causal_conv1d.py, bench_moe.py and, for
+# one frame, bench_rollout.py.
 CASES: dict[str, Callable[[Card], Prediction]] = {
     **{
         f"selective_scan forward {shape} N 16 bfloat16, triton": lambda card, shape=shape: _scan_triton(shape, card)
@@ -371,6 +432,13 @@ CASES: dict[str, Callable[[Card], Prediction]] = {
         )
         for shape in (CLIP_LAYER, LARGE_LAYER)
         for what in ("forward", "forward and backward")
+    },
+    **{
+        f"rollout {preset} {arrangement} step bfloat16, {backend}": (
+            lambda card, how=how, preset=preset, arrangement=arrangement: how(preset, arrangement, card)
+        )
+        for preset, arrangement in (("vocaset", "moe-moe"), ("vocaset", "m-m"), ("demo", "moe-moe"))
+        for backend, how in (("triton", _loop_graph), ("cuda", _loop_persistent))
     },
 }
 

@@ -118,3 +118,17 @@ def test_cards():
     assert cards.find("NVIDIA GeForce RTX 4090").capability == 89 and cards.find("a card of tomorrow") is None
     assert card("NVIDIA H200").special_rate == pytest.approx(4.2e12, rel=0.01)  # kernels.md 1.0
     assert card("NVIDIA GeForce RTX 4090").special_rate == pytest.approx(5.2e12, rel=0.01)
+
+
+def test_the_loop_predictions_count_what_the_presets_have():
+    """Their own arithmetic of weights, launches and meetings; the presets' programs are the measure."""
+    from benchmarks.bench_rollout import make_program
+    from jambatalk_kernels.rollout.packing import frame_bytes
+
+    for preset, arrangement in (("vocaset", "moe-moe"), ("vocaset", "m-m"), ("demo", "moe-moe")):
+        program, _ = make_program(preset, arrangement=arrangement)
+        assert predict.active_weights(preset, arrangement) == frame_bytes(program, 1)
+    assert predict._events(predict.MEETINGS, "moe-moe") == 6 * 4 + 3 + 7 * 2 + 1
+    h200 = cards.find("H200")
+    one, two = (predict._loop_persistent("vocaset", kind, h200).seconds for kind in ("m-m", "moe-moe"))
+    assert one < two < predict._loop_graph("vocaset", "moe-moe", h200).seconds

@@ -13,6 +13,7 @@ if gpu_code.missing_tools() is not None:
 SOURCES = sorted(f"csrc/cuda/{path.name}" for path in (gpu_code.ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
 SCAN = "csrc/cuda/selective_scan.cu"
+ROLLOUT = "csrc/cuda/rollout.cu"
 
 
 def budgets(source):
@@ -77,3 +78,22 @@ def test_scan_forward_inner_loop():
     assert len(loop.instructions) <= elements * 110
     # Tiles come by asynchronous copies of 16 bytes.
     assert code.count(r"LDGSTS.*\.128") > 0
+
+
+@pytest.mark.slow
+def test_the_persistent_rollout():
+    """Teams meet by release and acquire, a block alone does not; weights come 16 bytes at a time, past the L1 cache."""
+    check(ROLLOUT, "sm_90a")
+    codes = gpu_code.compile_cuda(ROLLOUT, "sm_90a")
+    assert len(codes) == 4
+    for name, code in codes.items():
+        together = "Several" in name
+        assert (code.count(r"RED.*STRONG\.GPU") > 0) == (code.count(r"LDG.*STRONG\.GPU") > 0) == together, name
+        assert code.count(r"ATOM") == 0, name
+        products = [loop for loop in code.innermost_loops() if loop.count(r"LDG.*NA.*\.128") >= 4]
+        assert len(products) >= 8, name
+        for loop in products:
+            assert loop.count(r"LDG") == loop.count(r"LDG.*NA.*\.128"), f"{name}: narrow loads among the weights'"
+            assert loop.count(r"LDS\.128") == loop.count(r"LDS") and loop.count(r"BAR") == 0, name
+            # An element of bfloat16 is a multiplication and half an instruction to unpack; the rest is addresses.
+            assert len(loop.instructions) <= 3.5 * loop.count("FFMA"), name
