@@ -23,6 +23,7 @@ from pathlib import Path
 
 from benchmarks import cards
 from benchmarks.cards import Card
+from jambatalk_kernels.attention import heuristics as attention
 from jambatalk_kernels.causal_conv1d.heuristics import forward_tile
 from jambatalk_kernels.selective_scan.heuristics import forward_layout
 
@@ -66,6 +67,7 @@ class Work:
     bytes: float
     registers: int = 64
     straight: bool = False  # no loop: the whole kernel, once, its own loads and stores among its instructions
+    products: float = 0  # operations of the matrix units, of all warps
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ def predict(work: Work, card: Card) -> Prediction:
     waves = max(1.0, per_multiprocessor / cards.SCHEDULERS / resident)
     seconds["latency of one warp"] = waves * work.iterations * pace(work.loop, work.straight) / card.clock
     seconds["memory"] = work.bytes / card.copy_bandwidth
+    seconds["matrix units"] = work.products / card.matrix
     limit = max(seconds, key=seconds.__getitem__)
     return Prediction(seconds[limit] + LAUNCH + (0 if work.straight else RAMP), limit)
 
@@ -169,6 +172,7 @@ def _registers(text: str, wide: int) -> set[str]:
 # ---- the cases of the benchmarks ------------------------------------------------------------------------------------
 
 SCAN, CONV = "jambatalk_kernels.selective_scan.triton", "jambatalk_kernels.causal_conv1d.triton"
+ATTENTION = "jambatalk_kernels.attention.ahead_of_time"
 LARGE, SMALL = (4, 4096, 4096), (1, 600, 1024)
 STATES = 16
 
@@ -400,8 +404,84 @@ def _loop_persistent(preset: str, arrangement: str, card: Card) -> Prediction:
     return Prediction(sum(seconds.values()), max(seconds, key=seconds.__getitem__))
 
 
-# By the name that the benchmark has: see bench_selective_scan.py, bench_causal_conv1d.py, bench_moe.py and, for
-# one frame, bench_rollout.py.
+# ---- attention ------------------------------------------------------------------------------------------------------
+
+
+def _attention_pieces(shape: tuple[int, int, int, int, int], card: Card, backward: bool) -> Prediction:
+    """Causal attention in bfloat16, launch after launch: rotation, products, rotation back."""
+    batch, length, heads, kv_heads, head_dim = shape
+    group, groups = heads // kv_heads, batch * kv_heads
+    device = attention.Device(divmod(card.capability, 10), card.multiprocessors)
+    sizes = (length, 0, group, groups, head_dim, 2, device)
+    label = f"bfloat16, {batch}, {length}, {heads}, {kv_heads}, {head_dim}, {{'causal': True}}"
+    codes = gpu_code.compile_triton(ATTENTION, card.capability, (f"*_kernel {label}*",))
+    element = batch * length * head_dim * 2  # bytes of one head's q, in bfloat16
+
+    def tiled(name: str, tile: attention.Tile, tiles: int, pairs: float, products: int) -> Prediction:
+        """`pairs` of tiles of rows and keys in all, by `tiles` programs."""
+        code = codes[f"{name} {label}"]
+        operations = products * 2 * pairs * tile.block_m * tile.block_n * attention.padded_head_dim(head_dim)
+        work = Work(
+            code.hot_loop(MATRIX), tiles * tile.num_warps, pairs / tiles, 4 * heads * element,
+            code.registers, products=operations,
+        )  # fmt: skip
+        return predict(work, card)
+
+    def streamed(bytes_: float) -> Prediction:
+        return Prediction(bytes_ / card.copy_bandwidth + LAUNCH + RAMP, "memory")
+
+    def by_queries(name: str, tile: attention.Tile, products: int) -> Prediction:
+        tiles = math.ceil(length * group / tile.block_m)
+        ends = (min(length, math.ceil((i + 1) * tile.block_m / group)) for i in range(tiles))
+        pairs = sum(math.ceil(end / tile.block_n) for end in ends)
+        return tiled(name, tile, tiles * groups, pairs * groups, products)
+
+    if not backward:
+        tile = attention.forward_plan(*sizes).tile
+        parts = [streamed(2 * kv_heads * element), by_queries("forward_kernel", tile, 2)]
+        return Prediction(sum(part.seconds for part in parts), parts[1].limit)
+    plan = attention.backward_plan(*sizes)
+    rows = group // plan.splits
+    tiles = math.ceil(length / plan.keys.block_n)
+    pairs = sum(math.ceil((length - i * plan.keys.block_n) * rows / plan.keys.block_m) for i in range(tiles))
+    programs = groups * plan.splits
+    parts = [
+        streamed(4 * heads * element),
+        streamed(2 * kv_heads * element),
+        by_queries("query_gradient_kernel", plan.queries, 3),
+        tiled("key_gradient_kernel", plan.keys, tiles * programs, pairs * programs, 4),
+        streamed((4 * heads + 4 * kv_heads * plan.splits) * element),
+    ]
+    return Prediction(sum(part.seconds for part in parts), parts[3].limit)
+
+
+def _attention(shape: tuple[int, int, int, int, int], card: Card, what: str) -> Prediction:
+    forward = _attention_pieces(shape, card, False)
+    if what == "forward":
+        return forward
+    backward = _attention_pieces(shape, card, True)
+    return Prediction(forward.seconds + backward.seconds, backward.limit)
+
+
+def _attention_step(positions: int, heads: int, kv_heads: int, head_dim: int, card: Card) -> Prediction:
+    """One sequence: the programs' loops over their share of the cache, then the sum of the parts."""
+    device = attention.Device(divmod(card.capability, 10), card.multiprocessors)
+    plan = attention.step_plan(positions, kv_heads, head_dim, 2, device)
+    label = f"bfloat16, 1, {heads}, {kv_heads}, {head_dim}, {positions}, None"
+    codes = gpu_code.compile_triton(ATTENTION, card.capability, (f"*_kernel {label}",))
+    code, moved = codes[f"step_kernel {label}"], 4 * positions * kv_heads * head_dim
+    warps = kv_heads * plan.splits * plan.num_warps
+    passes = math.ceil(plan.slots / plan.block_n)
+    whole = predict(Work(code, warps, 1, moved, code.registers, straight=True), card)
+    loop = code.hot_loop(r"MUFU\.EX2")
+    more = (passes - 1) * pace(loop) / card.clock if loop is not code else 0.0
+    combine = codes.get(f"combine_kernel {label}")
+    last = 0.0 if combine is None else predict(Work(combine, heads * 4, 1, 0, straight=True), card).seconds
+    return Prediction(whole.seconds + more + last, whole.limit)
+
+
+# By the name that the benchmark has: see bench_selective_scan.py, bench_causal_conv1d.py, bench_moe.py,
+# bench_attention.py and, for one frame, bench_rollout.py.
 CASES: dict[str, Callable[[Card], Prediction]] = {
     **{
         f"selective_scan forward {shape} N 16 bfloat16, triton": lambda card, shape=shape: _scan_triton(shape, card)
@@ -439,6 +519,19 @@ CASES: dict[str, Callable[[Card], Prediction]] = {
         )
         for preset, arrangement in (("vocaset", "moe-moe"), ("vocaset", "m-m"), ("demo", "moe-moe"))
         for backend, how in (("triton", _loop_graph), ("cuda", _loop_persistent))
+    },
+    **{
+        f"rope_attention {what} {shape} bfloat16, triton": lambda card, shape=shape, what=what: _attention(
+            shape, card, what
+        )
+        for shape in ((4, 2048, 16, 4, 64), (4, 2048, 16, 4, 128))
+        for what in ("forward", "forward and backward")
+    },
+    **{
+        f"rope_attention_step at 600 positions (1, 8, {kv_heads}, 64) bfloat16, triton": (
+            lambda card, kv_heads=kv_heads: _attention_step(600, 8, kv_heads, 64, card)
+        )
+        for kv_heads in (8, 1)
     },
 }
 

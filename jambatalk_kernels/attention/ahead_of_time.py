@@ -16,8 +16,8 @@ __all__ = ["ahead_of_time_cases"]
 
 # dtype, batch, length, heads, kv_heads, head_dim, options
 SIZES = (
-    (torch.bfloat16, 4, 4096, 8, 8, 64, dict(causal=True)),
-    (torch.bfloat16, 4, 4096, 8, 8, 128, dict(causal=True)),
+    (torch.bfloat16, 4, 2048, 16, 4, 64, dict(causal=True)),
+    (torch.bfloat16, 4, 2048, 16, 4, 128, dict(causal=True)),
     (torch.bfloat16, 4, 4096, 4, 4, 256, dict(causal=True)),
     (torch.bfloat16, 1, 600, 8, 1, 64, dict(causal=False, interleaved=True)),
     (torch.bfloat16, 1, 4096, 8, 2, 64, dict(causal=True, window=512, packed=True)),

@@ -23,9 +23,10 @@ own, for after the queries have seen what it overwrites. Cached keys get no grad
 
 Packed positions outside of every sequence see nothing and nobody sees them.
 
-Saved: y, and of each row's softmax the largest score, in units of log2, and the sum, float32: the op's logsumexp in two
-parts. In half precision they become one; in float32 that would be rounded by an ulp of the largest score, and the
-weights by as much, several times what PyTorch's are. A row that saw nothing has 0 and 1; its y and gradients are zero.
+Saved: y, and for each row the op's logsumexp in two parts, float32: weights are exp2(score - shift) * share, the score
+in units of log2. In float32 these are the largest score and one over the sum, since a logarithm of the sum would be
+rounded by an ulp of the largest score, and the weights by as much, several times what PyTorch's are. In half precision
+share is 1. A row that saw nothing has shift 0 and share 1; its y and gradients are zero.
 Every sum has a fixed order and nothing is added by atomics: dk and dv by programs that own keys (where these are too
 few, by some per group of heads, whose parts are added in order), dq by programs that own queries, dcos and dsin in a
 last pass over positions, heads in order, which also turns dq' and dk' back.
@@ -404,8 +405,13 @@ def _forward_kernel(
     if SAVE:
         rows_in_all = tl.cast(groups, tl.int64) * GROUP * length
         at = (batch * kv_heads * GROUP + head) * length + position
-        tl.store(softmax + at, tl.where(nothing, 0.0, maximum * scale), mask=inside)
-        tl.store(softmax + rows_in_all + at, normalizer, mask=inside)
+        shift = tl.where(nothing, 0.0, maximum * scale)
+        share = 1.0 / normalizer
+        if queries.dtype != tl.float32:
+            shift += tl.log2(normalizer)
+            share = tl.full((BLOCK_M,), 1.0, tl.float32)
+        tl.store(softmax + at, shift, mask=inside)
+        tl.store(softmax + rows_in_all + at, share, mask=inside)
 
 
 # ---- backward -------------------------------------------------------------------------------------------------------
@@ -413,14 +419,12 @@ def _forward_kernel(
 
 @triton.jit
 def _load_softmax(softmax, rows_in_all, at, inside, EXACT: tl.constexpr):
-    """softmax: the largest scores; the sums, rows_in_all further. -> shift and share of the rows `at`: weights are
-    exp2(score - shift) * share, without EXACT exp2(score - shift)."""
+    """-> shift and share of the rows `at`: weights are exp2(score - shift) * share; without EXACT the share is 1."""
     shift = tl.load(softmax + at, mask=inside, other=0.0)
-    normalizer = tl.load(softmax + rows_in_all + at, mask=inside, other=1.0)
     if EXACT:
-        return shift, 1.0 / normalizer
+        return shift, tl.load(softmax + rows_in_all + at, mask=inside, other=1.0)
     else:
-        return shift + tl.log2(normalizer), normalizer
+        return shift, 1.0
 
 
 @triton.jit
@@ -757,8 +761,8 @@ def attention_forward(
     position: Tensor | None,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    """-> y, contiguous, and with `save` of every softmax the largest score and the sum (2, batch, heads, length),
-    float32; else an empty tensor.
+    """-> y, contiguous, and with `save` the shift and the share of every softmax (2, batch, heads, length), float32;
+    else an empty tensor.
 
     The cache (batch, capacity, kv_heads, head_dim) is read only; a copy is made of one that has not the dtype of k.
     """
