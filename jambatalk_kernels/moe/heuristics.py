@@ -31,13 +31,14 @@ _ROUTE_ELEMENTS = 2048  # of logits, held by one program: 16 registers in each o
 def route_plan(tokens: int, experts: int) -> RoutePlan:
     """One program, and so one launch, where one block holds all tokens; else many short blocks."""
     room = _ROUTE_ELEMENTS // next_power_of_2(experts)
+    num_warps = 8 if experts > 128 else 4  # sums over the tokens, one per expert, are held beside the logits
     if tokens <= room:
-        return RoutePlan(next_power_of_2(tokens), 1, 1, 1, 4)
+        return RoutePlan(next_power_of_2(tokens), 1, 1, 1, num_warps)
     block = min(room, 64)
     blocks = _cdiv(tokens, block)
     blocks_per_program = _cdiv(blocks, _ROUTE_PROGRAMS)
     programs = _cdiv(blocks, blocks_per_program)
-    return RoutePlan(block, programs, blocks_per_program, min(room, next_power_of_2(programs)), 4)
+    return RoutePlan(block, programs, blocks_per_program, min(room, next_power_of_2(programs)), num_warps)
 
 
 class TilePlan(NamedTuple):

@@ -28,10 +28,8 @@ FAST = {
     SCAN: ("forward", "backward", "step"),
     CONV: ("forward, bf16, width 4", "backward, bf16, width 4", "step"),
 }
-# Where not everything is compiled: the experts' products at all sizes where Triton multiplies by mma (8.9) and by wgmma
-# (9.0), elsewhere at the bars'.
-SLOW = {(EXPERTS, capability): ("*4096 tokens*", "*vector*") for capability in (80, 100, 120)}
-SLOW |= {(CONV, capability): ("*bf16, width 4*", "*fp32*", "step") for capability in (80, 120)}
+# Where not everything is compiled.
+SLOW = {(CONV, capability): ("*bf16, width 4*", "*fp32*", "step") for capability in (80, 120)}
 PRODUCTS = {
     "first_product_kernel", "grouped_product_kernel", "all_experts_product_kernel", "hidden_gradient_kernel",
     "weight_gradient_kernel", "first_vector_kernel", "second_vector_kernel", "sum_kernel",
@@ -50,6 +48,9 @@ def check(module, capability, codes):
         if name.startswith("hidden_gradient_kernel float32"):
             # To stay at 96 registers ptxas may put one value aside, outside of the loop.
             assert code.stack_bytes <= 8 and code.hot_loop("FFMA").local_memory == 0, f"{where}: spills"
+        elif name.startswith("choose_kernel") and "256 experts" in name:
+            # The same at 80 registers on sm_80; the picks are made in the loop with the shuffles.
+            assert code.stack_bytes <= 8 and code.hot_loop("SHFL").local_memory == 0, f"{where}: spills"
         else:
             assert code.local_memory == 0 and code.stack_bytes == 0, f"{where}: {code.stack_bytes} bytes spilled"
         assert code.shared_bytes <= shared, f"{where}: {code.shared_bytes} bytes of shared memory"
@@ -85,7 +86,7 @@ def test_budgets_of_everything(module, capability):
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_products_run_on_matrix_units(capability):
-    codes = gpu_code.compile_triton(EXPERTS, capability, SLOW.get((EXPERTS, capability), ()))
+    codes = gpu_code.compile_triton(EXPERTS, capability)
     for name, code in codes.items():
         if "vector" in name or name.startswith("sum") or "float32" in name:
             assert code.count(MATRIX) == 0, name  # float32 is IEEE
