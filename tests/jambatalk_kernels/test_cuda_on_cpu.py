@@ -112,6 +112,18 @@ def test_the_kernels_are_clean_under_sanitizers():
 
 @pytest.mark.slow
 @needs_gcc
+def test_the_rollout_is_clean_under_sanitizers():
+    """Sizes that are a multiple of nothing; blocks in turns, one of them lost."""
+    chosen = "heads_of_other or mixers_of_other or lengths_are or never_comes"
+    options = ("-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", "-k", chosen)
+    done = _under_sanitizers("-m", "pytest", *options, "tests/jambatalk_kernels/test_rollout_cuda.py")
+    output = done.stdout[-4000:] + done.stderr[-4000:]
+    assert done.returncode == 0, output
+    assert " passed" in done.stdout and "runtime error" not in output
+
+
+@pytest.mark.slow
+@needs_gcc
 def test_an_access_beyond_shared_memory_is_found():
     code = "import sys; sys.path[:0] = ['tests', 'tests/jambatalk_kernels']; import test_cuda_on_cpu as t; t.run(6)"
     done = _under_sanitizers("-c", code)

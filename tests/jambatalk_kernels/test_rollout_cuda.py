@@ -46,7 +46,7 @@ def peers(program, inputs, **options):
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 def test_accuracy(run, arrangement):
     program = make_program(ARRANGEMENTS[arrangement], dtype=torch.float32)
-    inputs = make_inputs(program, batch=1, frames=40)
+    inputs = make_inputs(program, batch=1, frames=16)
     (exact, exact_end), (peer, _) = peers(program, inputs)
     hidden, end = run(program, inputs)
     assert ratio(hidden, exact) <= 1e-5 and ratio(hidden, exact) <= 2 * ratio(peer, exact)
