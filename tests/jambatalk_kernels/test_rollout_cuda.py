@@ -14,7 +14,7 @@ from jambatalk_kernels.rollout.op import _why_not_cuda, rollout
 from jambatalk_kernels.rollout.program import RolloutState
 
 # The card that the host plays holds four blocks at once: two teams of 2, or one of 4, or any number that are alone.
-TEAMS = [1, 2, 4]
+TEAMS = [1, 2, pytest.param(4, marks=pytest.mark.slow)]
 ARRANGEMENTS = {"moe-moe": "EMETEME", "m-moe": "MEMTEME", "m-m": "MEMTMEM", "moe-m": "EMETMEM"}
 ROUND = Sizes(d=32, inner=64, rank=8, states=16, heads=4, kv_heads=1, head_dim=8, hidden=48)  # the fast paths
 
@@ -48,7 +48,9 @@ def bound(peer, exact):
     return 2 * ratio(peer, exact) + ratio(exact.float(), exact)
 
 
-@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+@pytest.mark.parametrize(
+    "arrangement", ["moe-moe", "m-m", *(pytest.param(name, marks=pytest.mark.slow) for name in ("m-moe", "moe-m"))]
+)
 def test_accuracy(run, arrangement):
     program = make_program(ARRANGEMENTS[arrangement], dtype=torch.float32)
     inputs = make_inputs(program, batch=1, frames=40)
@@ -72,7 +74,7 @@ def test_accuracy_of_teams(run, sizes, blocks, weights_dtype):
         assert ratio(mine, theirs) <= 1e-5
 
 
-@pytest.mark.parametrize("blocks", [1, 4])
+@pytest.mark.parametrize("blocks", [1, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("window", [None, 40])
 def test_attention_to_many_positions(run, blocks, window):
     """Several stretches of 32 positions in every part; a ring that has wrapped around."""
