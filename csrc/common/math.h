@@ -11,8 +11,6 @@
 // and, where the machine has instructions for them, all or none of
 //   L::round(x), L::rest(x)       n, the integer next to x, and x - n (0 where x is infinite)
 //   L::scale(p, n)                p * 2^n for any n
-// and
-//   L::reciprocal(x)              1 / x for x from 1 to the largest number
 //
 // Polynomials: relative minimax fits (Remez), p(0) = 1 exactly, so that exp2(0) = 1 and a decay close to 1 stays
 // accurate. Measured in tests/jambatalk_kernels through the ops that use them.
@@ -128,18 +126,30 @@ JT_INLINE typename L::V exp2(typename L::V x) {
 }
 
 // e^-x, with the argument reduced in two steps: accurate to the last bits for large |x| too, which exp2(-x * log2(e))
-// is not. Saturates just below the largest finite number. (Of -x: that is what sigmoid and softplus need.)
+// is not. Where it would be larger than the largest finite number it is infinite or, without L::scale, just below that
+// number. (Of -x: that is what sigmoid and softplus need.)
 template <class L>
 JT_INLINE typename L::V exp_negative(typename L::V x) {
   using K = MathConstants<typename L::T>;
-  // The lower bound is a little above the overflow: rounding must not push the result past infinity's bit pattern.
-  x = L::min(L::splat(-K::kLow * K::kLn2), L::max(L::splat((1.0f / 1024 - K::kHigh) * K::kLn2), x));
-  const typename L::V shifted = L::splat(K::kMagic) - x * L::splat(K::kLog2e);
-  const typename L::V n = shifted - L::splat(K::kMagic);
+  constexpr bool scales = requires { L::scale(x, x); };
+  x = L::min(L::splat(-K::kLow * K::kLn2), x);
+  typename L::V n, shifted;
+  if constexpr (scales) {
+    n = L::round(x * L::splat(-K::kLog2e));
+  } else {
+    // A little above the overflow: rounding must not push the result past infinity's bit pattern.
+    x = L::max(L::splat((1.0f / 1024 - K::kHigh) * K::kLn2), x);
+    shifted = L::splat(K::kMagic) - x * L::splat(K::kLog2e);
+    n = shifted - L::splat(K::kMagic);
+  }
   const typename L::V r = (x + n * L::splat(K::kLn2High)) + n * L::splat(K::kLn2Low);  // minus what is left of -x
   typename L::V p = L::splat(K::kExp2Degree & 1 ? -K::kExp[K::kExp2Degree] : K::kExp[K::kExp2Degree]);
   for (int i = K::kExp2Degree - 1; i >= 0; --i) p = p * r + L::splat(i & 1 ? -K::kExp[i] : K::kExp[i]);
-  return L::scale_by_shifted(p, shifted);
+  if constexpr (scales) {
+    return L::scale(p, n);
+  } else {
+    return L::scale_by_shifted(p, shifted);
+  }
 }
 
 template <class L>
@@ -167,12 +177,7 @@ JT_INLINE typename L::V softplus(typename L::V x) {
 
 template <class L>
 JT_INLINE typename L::V sigmoid(typename L::V x) {
-  const typename L::V denominator = L::splat(1) + exp_negative<L>(x);
-  if constexpr (requires { L::reciprocal(x); }) {
-    return L::reciprocal(denominator);
-  } else {
-    return L::splat(1) / denominator;
-  }
+  return L::splat(1) / (L::splat(1) + exp_negative<L>(x));
 }
 
 // The derivative of softplus, with the same threshold.
@@ -181,9 +186,16 @@ JT_INLINE typename L::V softplus_slope(typename L::V x) {
   return L::select_greater(x, L::splat(20), L::splat(1), sigmoid<L>(x));
 }
 
+// From where it is less than 1e-36 on, x stops: times a sigmoid that may not have reached zero it would grow again.
 template <class L>
 JT_INLINE typename L::V silu(typename L::V x) {
-  return x * sigmoid<L>(x);
+  using K = MathConstants<typename L::T>;
+  x = L::max(L::splat((1.0f / 1024 - K::kHigh) * K::kLn2), x);
+  if constexpr (requires { L::scale(x, x); }) {
+    return x / (L::splat(1) + exp_negative<L>(x));  // vectors divide while they multiply
+  } else {
+    return x * sigmoid<L>(x);
+  }
 }
 
 }  // namespace jambatalk

@@ -81,8 +81,7 @@ struct Lanes {
     return total;
   }
 #if defined(JT_AVX512)
-  // What common/math.h uses where it is there: x rounded to an integer n, the rest x - n (0 for an infinite x), p *
-  // 2^n; 1 / x to about the last bit, from 14 bits and one Newton step.
+  // What common/math.h uses where it is there: x rounded to an integer n, the rest x - n (0 for an infinite x), p * 2^n.
   static JT_INLINE V round(V x)
     requires(sizeof(T) == 4)
   {
@@ -97,12 +96,6 @@ struct Lanes {
     requires(sizeof(T) == 4)
   {
     return (V)_mm512_maskz_scalef_ps(-1, (__m512)p, (__m512)n);
-  }
-  static JT_INLINE V reciprocal(V x)
-    requires(sizeof(T) == 4)
-  {
-    const V guess = (V)_mm512_maskz_rcp14_ps(-1, (__m512)x);
-    return guess + guess * (splat(1) - x * guess);
   }
 #endif
 };
@@ -413,6 +406,8 @@ void load_rows(typename L::V* rows, int64_t pitch, const Array& array, int64_t i
         for (; t + L::W <= count; t += L::W) {
           V square[L::W];
           for (int k = 0; k < L::W; ++k) square[k] = k < lanes ? load_as<L>(from + k * column + t) : V{};
+          // The next vector of channels, as above.
+          for (int k = 0; k < L::W; ++k) __builtin_prefetch(from + (L::W + k) * column + t, 0, 2);
           transpose<L>(square);
           for (int k = 0; k < L::W; ++k) to[(t + k) * step] = square[k];
         }
@@ -439,6 +434,8 @@ void store_rows(const typename L::V* rows, int64_t pitch, const Array& array, in
         const typename L::V value = rows[r * pitch + t];
         const int64_t lanes = smaller(L::W, valid - r * L::W);
         if (lanes == L::W && column == 1) {
+          // The next strip's part of the row: a store that misses the caches holds up those behind it.
+          __builtin_prefetch(to + (r + R) * L::W, 1, 2);
           store_as<L>(to + r * L::W, value);
         } else {
           for (int k = 0; k < lanes; ++k) to[(r * L::W + k) * column] = Narrow<M>::from(value[k]);

@@ -1,5 +1,6 @@
 """causal_conv1d and causal_conv1d_step: the definition, the C++ backend against it, and the contract of every op."""
 
+import math
 import os
 
 import pytest
@@ -76,6 +77,31 @@ def test_accuracy_rule(dtype, isa):
         mine, theirs = rms_ratio(ours[name], want), rms_ratio(peer[name], want)
         assert mine <= 2 * theirs + 2 * rounding, (name, mine, theirs)
         assert mine <= (1e-6 if dtype == torch.float32 else 5e-3), (name, mine)
+
+
+@pytest.mark.parametrize("dtype, tiny", [(torch.float32, 1e-36), (torch.float64, 1e-304)], ids=["float32", "float64"])
+def test_silu_of_extremes(dtype, tiny, isa):
+    """The activation alone: width 1, weight 1. tiny: silu(x) where e^-x leaves the dtype; from there on y is anything
+    between that and zero, while PyTorch's silu(-inf) is NaN. Subnormal numbers count as zero."""
+    limits = torch.finfo(dtype)
+    sizes = [0, 0.3 * limits.tiny, 1e-30, 1e-3, 0.5, 1, 5, 17, 20, 60, 87, 88.5, 89, 104, 700, 709, 711, 1e4, 1e30]
+    finite = torch.tensor([*sizes, 0.9 * limits.max], dtype=dtype)
+    finite = torch.cat([finite, -finite])
+    x = torch.cat([finite, torch.tensor([torch.inf, torch.nan, -torch.inf], dtype=dtype)])
+    channels = x.numel()
+    leaf = x.expand(1, 8, channels).clone().requires_grad_()
+    y = causal_conv1d(leaf, torch.ones(channels, 1, dtype=dtype), activation="silu", backend="cpu")
+    (gradient,) = torch.autograd.grad(y[..., : finite.numel()].sum(), leaf)
+    exact = finite.double().requires_grad_()
+    want = F.silu(exact)
+    (slope,) = torch.autograd.grad(want.sum(), exact)
+    for row, slopes in zip(y[0].detach().double(), gradient[0].double(), strict=True):
+        got, (positive, nan, negative) = row[: finite.numel()], row[finite.numel() :]
+        # e^-x is good to 1.5 units in the last place; a sum, a quotient and a product follow.
+        assert ((got - want).abs() <= 3 * limits.eps * want.abs() + tiny).all()
+        # The slope multiplies x with 1 - sigmoid(x), which cancels until it is 0, from x = -log(eps / 2) on.
+        assert ((slopes[: finite.numel()] - slope).abs() <= 2 * -math.log(limits.eps / 2) * limits.eps).all()
+        assert positive == torch.inf and nan.isnan() and -tiny <= negative <= 0
 
 
 @pytest.mark.parametrize("without", [("bias",), ("initial_state",), ("bias", "initial_state")])
