@@ -365,7 +365,8 @@ void attention_step_combine(const AttentionCall& call, int64_t task_begin, int64
 constexpr int kRowStrip = 4;                            // rows of a product in registers
 constexpr int kColumnVectors = JT_WIDTH == 64 ? 4 : 2;  // and vectors of columns
 
-// c[r, :] (+)= sum over k < depth of a[r * a_row + k * a_step] b[k, :], for kRowStrip rows and C vectors of columns.
+// c[r, :] (+)= sum over k < depth of a[r * a_row + k * a_step] b[k, :], for kRowStrip rows and C vectors of columns. What
+// is in c is added last: a sum over many tiles in one long chain would round three times as much.
 template <class L, int C>
 void multiply_strip(const typename L::T* a, int64_t a_row, int64_t a_step, const typename L::T* b, int64_t b_pitch,
                     int64_t depth, typename L::T* c, int64_t c_pitch, bool add) {
@@ -374,7 +375,7 @@ void multiply_strip(const typename L::T* a, int64_t a_row, int64_t a_step, const
 #pragma GCC unroll 4
   for (int r = 0; r < kRowStrip; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < C; ++v) sum[r][v] = add ? L::load(c + r * c_pitch + v * L::W) : V{};
+    for (int v = 0; v < C; ++v) sum[r][v] = V{};
   }
   for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_pitch) {
     V row[C];
@@ -390,7 +391,10 @@ void multiply_strip(const typename L::T* a, int64_t a_row, int64_t a_step, const
 #pragma GCC unroll 4
   for (int r = 0; r < kRowStrip; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < C; ++v) L::store(c + r * c_pitch + v * L::W, sum[r][v]);
+    for (int v = 0; v < C; ++v) {
+      typename L::T* to = c + r * c_pitch + v * L::W;
+      L::store(to, add ? L::load(to) + sum[r][v] : sum[r][v]);
+    }
   }
 }
 
