@@ -125,21 +125,6 @@ struct RouteCall {
   Array grad_logits;            // (tokens, experts)
 };
 
-// The activation between the two products of the experts; tasks are rows. Everything contiguous, of `dtype`.
-struct ActivateCall {
-  int64_t batch, groups;  // 1, rows
-  int64_t hidden;
-  Activation activation;
-  Dtype dtype;
-  const void* preactivation;  // (rows, hidden), or (rows, 2 * hidden) for swiglu, the gate first
-  void* activated;            // (rows, hidden)
-  // backward
-  void* dpreactivation;
-  const int32_t* order;  // row -> assignment
-  const void* weights;   // T (assignments)
-  void* dweights;        // T (assignments)
-};
-
 struct CombineCall {
   int64_t batch, groups;  // 1, tokens
   int64_t top_k, columns;
@@ -153,6 +138,55 @@ struct CombineCall {
 // A stretch of rows that one expert works on.
 struct Segment {
   int64_t expert, begin, end;
+  int64_t panel;  // the panels of product_rows rows before it
+};
+
+// One factor of a product: a matrix (lanes, depth) per expert. The result's rows are the left one's lanes, its columns
+// the right one's. An axis of segments' rows starts at segment.begin.
+enum class RowsOn : int32_t { kNeither, kLanes, kDepth };
+struct Factor {
+  Array array;  // (experts, lanes, depth)
+  RowsOn rows_on = RowsOn::kNeither;
+  const int32_t* source = nullptr;  // row -> row of the array; null: the same
+  int64_t half = 0;                 // lanes to those that go with the first `half` ones: swiglu's gates and ups
+  void* packed = nullptr;           // T, all panels, made before; otherwise each task lays out its own
+  bool shared = false;              // all segments have the same packed panels
+};
+
+struct PackTask {
+  int64_t segment, panel;
+};
+struct PackCall {
+  int64_t batch, groups;  // 1, tasks
+  const Segment* segments;
+  const PackTask* tasks;
+  Factor factor;
+  int64_t lanes, depth;  // those that are no segment's rows
+  bool pairs;            // bfloat16 in pairs of two steps; the panels keep the room of their widened form
+};
+
+// Panels [line, line_end) of the left factor times panels [column, column_end) of the right one.
+struct ProductTask {
+  int64_t segment, line, line_end, column, column_end;
+};
+struct ProductCall {
+  const Segment* segments;
+  const ProductTask* tasks;
+  Factor left, right;
+  int64_t lines, columns, depth;  // of the result, and of the sum; lines or depth may be the segment's rows instead
+  bool pairs;                     // of bfloat16 in both factors
+  Dtype dtype;                    // of what follows
+  void* out;                      // contiguous (rows or experts * lines, columns)
+  // activation and its gradient; contiguous, of `dtype`
+  Activation activation;
+  int64_t hidden;
+  void* preactivation;  // (rows, hidden), or (rows, 2 * hidden) for swiglu, the gate first; forward: may be null
+  void* activated;      // (rows, hidden)
+  void* dpreactivation;
+  int64_t rows;
+  const int32_t* assignment;  // row -> assignment
+  const void* weights;        // T (assignments)
+  void* dots;                 // T (panels, assignments)
 };
 
 struct MatvecCall {
@@ -315,8 +349,11 @@ struct KernelSet {
   void (*sum_terms)(const SumCall&, int64_t begin, int64_t end);
   void (*route_forward)(const RouteCall&, int64_t begin, int64_t end);
   void (*route_backward)(const RouteCall&, int64_t begin, int64_t end);
-  void (*expert_activate)(const ActivateCall&, int64_t begin, int64_t end);
-  void (*expert_activate_backward)(const ActivateCall&, int64_t begin, int64_t end);
+  int64_t product_rows, product_columns;  // of the experts' products: rows and columns of a panel
+  void (*pack_panels)(const PackCall&, int64_t begin, int64_t end);
+  void (*multiply_experts)(const ProductCall&, int64_t begin, int64_t end);
+  void (*multiply_activate)(const ProductCall&, int64_t begin, int64_t end);
+  void (*multiply_activate_backward)(const ProductCall&, int64_t begin, int64_t end);
   void (*combine_slots)(const CombineCall&, int64_t begin, int64_t end);
   void (*expert_matvec)(const MatvecCall&, int64_t begin, int64_t end);
   void (*attention_append)(const AttentionCall&, int64_t begin, int64_t end);

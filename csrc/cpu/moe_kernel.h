@@ -1,10 +1,10 @@
-// Mixture of experts on the CPU: everything around the matrix products.
+// Mixture of experts on the CPU: routing, what follows the experts' products (grouped_product.h), the sum over slots.
 //
-// Rows are assignments (token, slot), sorted by expert; one task is one row or one token, so that threads never share
-// an output and every sum has one order, whatever their number. All are bound by memory, except the exponentials.
+// Rows are assignments (token, slot), sorted by expert. Tasks never share an output and every sum has one order,
+// whatever the number of threads.
 #pragma once
 
-#include "cpu/lanes.h"
+#include "cpu/grouped_product.h"
 
 namespace jambatalk {
 namespace JT_ISA {
@@ -121,6 +121,15 @@ JT_INLINE void with_activation(Activation activation, F f) {
   }
 }
 
+// The same, with the type of the experts' values in memory.
+template <class F>
+JT_INLINE void with_experts_type(const ProductCall& call, F f) {
+  with_memory_type(call.dtype, [&](auto* type) {
+    with_activation(call.activation,
+                    [&]<Activation kind>() { f.template operator()<kind, Pointee<decltype(type)>>(); });
+  });
+}
+
 // act(first [, second]); second is there for swiglu: silu(first) * second.
 template <class L, Activation kind>
 JT_INLINE typename L::V activate(typename L::V first, typename L::V second) {
@@ -129,71 +138,92 @@ JT_INLINE typename L::V activate(typename L::V first, typename L::V second) {
   return L::max(L::splat(0), first);
 }
 
-// activated[r, :] = act(preactivation[r, :])
+// The first product of the experts: activated[r, :] = act(preactivation[r, :]), the sums being the preactivation.
 template <class L>
-void expert_activate(const ActivateCall& call, int64_t begin, int64_t end) {
-  const int64_t H = call.hidden;
-  with_memory_type(call.dtype, [&](auto* type) {
-    using M = Pointee<decltype(type)>;
-    with_activation(call.activation, [&]<Activation kind>() {
-      constexpr int kParts = kind == Activation::kSwiglu ? 2 : 1;
-      for (int64_t r = begin; r < end; ++r) {
-        const M* first = (const M*)call.preactivation + r * kParts * H;
-        M* out = (M*)call.activated + r * H;
-        for (int64_t c = 0; c < H; c += L::W) {
-          const auto second = kParts == 2 ? load_some<L>(first + H + c, H - c) : typename L::V{};
-          store_some<L>(out + c, activate<L, kind>(load_some<L>(first + c, H - c), second), H - c);
-        }
-      }
-    });
-  });
+void multiply_activate(const ProductCall& call, int64_t begin, int64_t end) {
+  multiply_blocks<L>(
+      call, begin, end,
+      [&](const Segment& segment, int64_t line, int64_t panel, int64_t count, const typename L::T* sums) {
+        with_experts_type(call, [&]<Activation kind, class M>() {
+          using V = typename L::V;
+          constexpr int kParts = kind == Activation::kSwiglu ? 2 : 1;
+          const int64_t H = call.hidden, c = panel * kProductColumns<L> / kParts, valid = H - c;
+          const typename L::T* tile = sums;
+          for (int64_t i = 0; i < count; ++i, tile += kProductColumns<L>) {
+            const int64_t row = segment.begin + line + i;
+            M* pre = call.preactivation != nullptr ? (M*)call.preactivation + row * kParts * H + c : nullptr;
+            M* out = (M*)call.activated + row * H + c;
+            const V first = L::load(tile), second = L::load(tile + L::W);
+            if (pre != nullptr) store_some<L>(pre, first, valid);
+            if constexpr (kParts == 2) {  // a panel is gates and their ups
+              if (pre != nullptr) store_some<L>(pre + H, second, valid);
+              store_some<L>(out, activate<L, kind>(first, second), valid);
+            } else {
+              store_some<L>(out, activate<L, kind>(first, V{}), valid);
+              if (valid <= L::W) continue;
+              if (pre != nullptr) store_some<L>(pre + L::W, second, valid - L::W);
+              store_some<L>(out + L::W, activate<L, kind>(second, V{}), valid - L::W);
+            }
+          }
+        });
+      });
 }
 
-// Backward of one row, whose output had weight w. In: activated, holding the gradient of act for weight 1. Out:
-// dpreactivation; activated = w act, with which the gradient of w_out is taken; and dweight = <gradient, act>, the
-// router's gradient, without the expert's output.
-template <class L>
-void expert_activate_backward(const ActivateCall& call, int64_t begin, int64_t end) {
+// Backward of act for one vector of a row whose output had weight w; grad is the gradient of act for weight 1.
+template <class L, Activation kind, class M>
+JT_INLINE typename L::V activate_backward(const M* pre, M* dpre, M* act, int64_t hidden, int64_t valid,
+                                          typename L::V grad, typename L::V weight) {
   using T = typename L::T;
   using V = typename L::V;
-  const int64_t H = call.hidden;
-  with_memory_type(call.dtype, [&](auto* type) {
-    using M = Pointee<decltype(type)>;
-    with_activation(call.activation, [&]<Activation kind>() {
-      constexpr int kParts = kind == Activation::kSwiglu ? 2 : 1;
-      for (int64_t r = begin; r < end; ++r) {
-        const M* pre = (const M*)call.preactivation + r * kParts * H;
-        M *dpre = (M*)call.dpreactivation + r * kParts * H, *act = (M*)call.activated + r * H;
-        const int64_t assignment = call.order[r];
-        const V weight = L::splat(((const T*)call.weights)[assignment]);
-        V dot = {};
-        for (int64_t c = 0; c < H; c += L::W) {
-          const int64_t valid = H - c;
-          const V first = load_some<L>(pre + c, valid), grad = load_some<L>(act + c, valid), in = weight * grad;
-          V value, d_first;
-          if constexpr (kind == Activation::kSwiglu) {
-            const V second = load_some<L>(pre + H + c, valid);
-            const V gate = sigmoid<L>(first), passed = first * gate;
-            value = passed * second;
-            d_first = in * second * gate * (L::splat(1) + first * (L::splat(1) - gate));
-            store_some<L>(dpre + H + c, in * passed, valid);
-          } else if constexpr (kind == Activation::kGelu) {
-            const V cdf = normal_cdf<L>(first);
-            const V density = exp<L>(L::splat(T(-0.5)) * first * first) * L::splat(T(0.3989422804014327));
-            value = first * cdf;
-            d_first = in * (cdf + first * density);
-          } else {
-            value = L::max(L::splat(0), first);
-            d_first = L::select_greater(first, L::splat(0), in, V{});
+  const V first = load_some<L>(pre, valid), in = weight * grad;
+  V value, d_first;
+  if constexpr (kind == Activation::kSwiglu) {
+    const V second = load_some<L>(pre + hidden, valid);
+    const V gate = sigmoid<L>(first), passed = first * gate;
+    value = passed * second;
+    d_first = in * second * gate * (L::splat(1) + first * (L::splat(1) - gate));
+    store_some<L>(dpre + hidden, in * passed, valid);
+  } else if constexpr (kind == Activation::kGelu) {
+    const V cdf = normal_cdf<L>(first);
+    const V density = exp<L>(L::splat(T(-0.5)) * first * first) * L::splat(T(0.3989422804014327));
+    value = first * cdf;
+    d_first = in * (cdf + first * density);
+  } else {
+    value = L::max(L::splat(0), first);
+    d_first = L::select_greater(first, L::splat(0), in, V{});
+  }
+  store_some<L>(dpre, d_first, valid);
+  store_some<L>(act, weight * value, valid);
+  return grad * value;
+}
+
+// The gradient through the second product, the sums being that of act for weight 1. Out: dpreactivation; activated = w
+// act, with which the gradient of w_out is taken; and <gradient, act> over each panel of columns: their sum is the
+// router's gradient, without the expert's output.
+template <class L>
+void multiply_activate_backward(const ProductCall& call, int64_t begin, int64_t end) {
+  using T = typename L::T;
+  using V = typename L::V;
+  multiply_blocks<L>(
+      call, begin, end, [&](const Segment& segment, int64_t line, int64_t panel, int64_t count, const T* sums) {
+        with_experts_type(call, [&]<Activation kind, class M>() {
+          constexpr int kParts = kind == Activation::kSwiglu ? 2 : 1;
+          const int64_t H = call.hidden, c = panel * kProductColumns<L>, valid = H - c;
+          const T* tile = sums;
+          for (int64_t i = 0; i < count; ++i, tile += kProductColumns<L>) {
+            const int64_t row = segment.begin + line + i, assignment = call.assignment[row];
+            const M* pre = (const M*)call.preactivation + row * kParts * H + c;
+            M *dpre = (M*)call.dpreactivation + row * kParts * H + c, *act = (M*)call.activated + row * H + c;
+            const V weight = L::splat(((const T*)call.weights)[assignment]);
+            V dot = activate_backward<L, kind>(pre, dpre, act, H, valid, L::load(tile), weight);
+            if (valid > L::W) {
+              dot += activate_backward<L, kind>(pre + L::W, dpre + L::W, act + L::W, H, valid - L::W,
+                                                L::load(tile + L::W), weight);
+            }
+            ((T*)call.dots)[panel * call.rows + assignment] = L::sum(dot);
           }
-          dot += grad * value;
-          store_some<L>(act + c, weight * value, valid);
-          store_some<L>(dpre + c, d_first, valid);
-        }
-        ((T*)call.dweights)[assignment] = L::sum(dot);
-      }
-    });
-  });
+        });
+      });
 }
 
 // y[t, :] = sum over slots k, in their order, of weights[t, k] rows[position[t, k], :]; weight 1 where there are none.

@@ -7,6 +7,7 @@ from torch import nn
 from jambatalk.audio_encoder import AudioEncoder, _own_names, wav2vec2_config
 from jambatalk.config import AudioEncoderConfig, JambaTalkConfig
 from jambatalk.decoder import Layer
+from jambatalk_kernels import load_balancing_loss
 
 OURS = dict(d_model=16, heads=4, kv_heads=2, hidden=12, states=4, dt_rank=3, experts=4, top_k=2)
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
@@ -80,14 +81,24 @@ def test_layer_equals_transformers_jamba(kind):
     options = {}
     if kind == "T":  # their eager attention masks nothing by itself
         options["attention_mask"] = torch.full((11, 11), float("-inf")).triu(1)[None, None]
+    logits = []
+    if kind == "E":
+        theirs.feed_forward.router.register_forward_hook(lambda module, args, output: logits.append(output[0]))
     expected = theirs(x, **options)
     expected = expected[0] if isinstance(expected, tuple) else expected
-    y, _ = mine(same)
+    y, routing = mine(same)
     assert (expected - x).abs().mean() > 0.1  # the layer does something
     torch.testing.assert_close(y, expected, **TOLERANCE)
     weight = torch.randn_like(y)
-    (expected * weight).sum().backward()
-    (y * weight).sum().backward()
+    losses = [(expected * weight).sum(), (y * weight).sum()]
+    if kind == "E":
+        from transformers.models.jamba.modeling_jamba import load_balancing_loss_func
+
+        balance = [load_balancing_loss_func(tuple(logits), 4, 2), load_balancing_loss(routing)]
+        torch.testing.assert_close(balance[1], balance[0])
+        losses = [loss + 50 * each for loss, each in zip(losses, balance, strict=True)]  # enough to be seen
+    for loss in losses:
+        loss.backward()
     torch.testing.assert_close(same.grad, x.grad, rtol=1e-4, atol=1e-4)
     gradients = ours_with_the_weights_of(_gradients_as_weights(theirs), kind).state_dict()
     for name, parameter in mine.named_parameters():

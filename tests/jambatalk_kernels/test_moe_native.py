@@ -4,8 +4,6 @@ import os
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from jambatalk_kernels import load_balancing_loss, moe_mlp, moe_route, native_library
 from jambatalk_kernels.moe import reference
@@ -29,16 +27,19 @@ def example(tokens, d, hidden, experts, top_k, activation="swiglu", dtype=torch.
     return normal(tokens, experts), normal(tokens, d), normal(experts, rows, d), normal(experts, d + 1, hidden)
 
 
+def incoming(output):
+    """The gradient of an output: some numbers, the same ones for the same shape."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
+
+
 def everything(logits, x, w_in, w_out, top_k, activation="swiglu", renormalize=False, backend="cpu"):
     """Outputs and the gradients of all inputs, for one fixed incoming gradient."""
     leaves = [tensor.detach().requires_grad_() for tensor in (logits, x, w_in, w_out)]
     routing = moe_route(leaves[0], top_k, renormalize=renormalize, backend=backend)
     y = moe_mlp(*leaves[1:2], routing, *leaves[2:], activation=activation, backend=backend)
-    generator = torch.Generator().manual_seed(1)
-    grads = [
-        torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in (y, routing[2], routing[5])
-    ]
-    gradients = torch.autograd.grad([y, routing.probabilities, routing.probability_sums], leaves, grads)
+    outputs = [y, routing.probabilities, routing.probability_sums]
+    gradients = torch.autograd.grad(outputs, leaves, [incoming(output) for output in outputs])
     return {"y": y, **routing._asdict(), **dict(zip(("dlogits", "dx", "dw_in", "dw_out"), gradients, strict=True))}
 
 
@@ -71,21 +72,25 @@ def test_accuracy_rule(dtype, isa):
         assert rmse(got[name], exact[name]) <= (1e-5 if dtype == torch.float32 else 5e-3), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_a_few_assignments_are_the_same_sum(dtype, isa):
-    """Without gradients, up to 16 assignments take the matrix-vector path."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu"])
+def test_a_few_assignments_are_the_same_sum(dtype, activation, isa):
+    """Without gradients, up to 16 assignments take the matrix-vector path; the rule of accuracy holds there too."""
     for shape in [(1, 64, 48, 8, 2), (3, 33, 17, 4, 4), (16, 20, 9, 5, 1), (5, 130, 70, 2, 1)]:
-        logits, x, w_in, w_out = example(*shape, dtype=dtype)
+        logits, x, w_in, w_out = example(*shape, activation, dtype)
         turned = w_in.transpose(1, 2).contiguous().transpose(1, 2)  # strides that are not the usual ones
         routing = moe_route(logits, shape[4])
-        # One rounding of the result, those of sums of up to 130 terms in the compute dtype: about sqrt(130) / 2 eps.
+        # Besides twice PyTorch's error, one rounding of the result and, where PyTorch is exact by luck, those of sums
+        # of up to 130 terms in the compute dtype: about sqrt(130) / 2 eps.
         compute = torch.float64 if dtype == torch.float64 else torch.float32
-        bound = torch.finfo(dtype).eps / 2 + 8 * torch.finfo(compute).eps
-        exact = reference.moe_mlp_dense(x.double(), routing, w_in.double(), w_out.double())
+        rounding = torch.finfo(dtype).eps / 4 + 8 * torch.finfo(compute).eps
+        exact = reference.moe_mlp_dense(x.double(), routing, w_in.double(), w_out.double(), activation)
+        torchs = reference.moe_mlp(x, routing, w_in, w_out, activation)
+        bound = 2 * rmse(torchs, exact) + rounding
         with torch.no_grad():
-            y = moe_mlp(x, routing, w_in, w_out, backend="cpu")
-            assert rmse(moe_mlp(x, routing, turned, w_out, backend="cpu"), exact) <= bound
-        assert y.dtype == dtype and rmse(y, exact) <= bound
+            for weights in (w_in, turned):
+                y = moe_mlp(x, routing, weights, w_out, activation=activation, backend="cpu")
+                assert y.dtype == dtype and rmse(y, exact) <= bound
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -114,23 +119,46 @@ def test_wild_indices_read_nothing_out_of_range():
         assert moe_mlp(x.requires_grad_(), wild, w_in, w_out, backend="cpu").shape == (30, 9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("top_k", [2, 8])
-def test_equal_bytes_over_runs_threads_and_orders_of_the_tokens(top_k):
-    logits, x, w_in, w_out = example(150, 96, 80, 8, top_k, dtype=torch.float32)
+def test_equal_bytes_over_runs_threads_and_orders_of_the_tokens(dtype, top_k, isa):
+    """A token's output and gradient have the same bytes wherever it stands and whoever computes it."""
+    size = 40 if isa == "wide" else 150
+    logits, x, w_in, w_out = example(size, 300, 70, 8, top_k, dtype=dtype)  # sums of more than one block of terms
     first = everything(logits, x, w_in, w_out, top_k)
     threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(2)
+        torch.set_num_threads(3)
         again = everything(logits, x, w_in, w_out, top_k)
     finally:
         torch.set_num_threads(threads)
-    for name in ("y", "weights", "dlogits", "dx"):
+    for name in first:
         assert torch.equal(first[name], again[name]), name
-    shuffle = torch.randperm(150, generator=torch.Generator().manual_seed(3))
+    shuffle = torch.randperm(size, generator=torch.Generator().manual_seed(3))
+    outputs = ("y", "probabilities", "probability_sums")
+    grad_y, grad_p, grad_sums = (incoming(first[name]) for name in outputs)
+    leaves = [tensor.detach().requires_grad_() for tensor in (logits[shuffle], x[shuffle])]
+    routing = moe_route(leaves[0], top_k, backend="cpu")
+    y = moe_mlp(leaves[1], routing, w_in, w_out, backend="cpu")
+    dlogits, dx = torch.autograd.grad(
+        [y, routing.probabilities, routing.probability_sums], leaves, [grad_y[shuffle], grad_p[shuffle], grad_sums]
+    )
+    for name, value in (("y", y), ("dx", dx), ("dlogits", dlogits), ("weights", routing.weights)):
+        assert torch.equal(value, first[name][shuffle]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_a_token_does_not_depend_on_how_many_there_are(dtype, isa):
+    """Segments of every length up to several tiles, each against the same rows in a longer one."""
+    sizes = range(17, 60, 6 if isa == "wide" else 1)  # fewer take the matrix-vector path
+    logits, x, w_in, w_out = example(60, 300, 40, 3, 1, dtype=dtype)
     with torch.no_grad():
-        routing = moe_route(logits[shuffle], top_k, backend="cpu")
-        y = moe_mlp(x[shuffle], routing, w_in, w_out, backend="cpu")
-    assert torch.equal(y, first["y"][shuffle])
+        whole = moe_mlp(x, moe_route(logits, 1, backend="cpu"), w_in, w_out, backend="cpu")
+        for size in sizes:
+            for begin in (0, 60 - size):
+                part = slice(begin, begin + size)
+                y = moe_mlp(x[part], moe_route(logits[part], 1, backend="cpu"), w_in, w_out, backend="cpu")
+                assert torch.equal(y, whole[part]), (size, begin)
 
 
 @pytest.mark.parametrize("how", ["transposed", "sliced", "expanded"])
@@ -202,41 +230,3 @@ def test_outputs_are_written_whole(monkeypatch):
     for shape in SHAPES:
         for name, value in everything(*example(*shape), shape[4]).items():
             assert value.isfinite().all(), (shape, name)
-
-
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
-@given(data=st.data())
-def test_any_call_is_right_or_refused(data):
-    tokens, d, hidden = (data.draw(st.integers(0, 12)) for _ in range(3))
-    experts = data.draw(st.integers(1, 9))
-    top_k = data.draw(st.integers(1, experts))
-    activation = data.draw(st.sampled_from(["swiglu", "gelu", "relu"]))
-    dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
-    inputs = list(example(tokens, d, hidden, experts, top_k, activation, dtype, seed=data.draw(st.integers(0, 99))))
-    fault = data.draw(st.sampled_from([None, None, None, "logits", "x", "w_in", "w_out", "top_k", "activation"]))
-    if fault is None:
-        got = everything(*inputs, top_k, activation)
-        want = everything(*(t.double() for t in inputs), top_k, activation, backend="reference")
-        torchs = everything(*inputs, top_k, activation, backend="reference")
-        for name in ("y", "dx", "dw_in", "dw_out"):
-            if want[name].numel():
-                # The rule of accuracy; and four roundings of the largest number, since PyTorch may be exact by luck.
-                theirs, largest = (torchs[name].double() - want[name]).abs().max(), want[name].abs().max()
-                bound = 2 * theirs + 4 * torch.finfo(dtype).eps * largest
-                assert (got[name].double() - want[name]).abs().max() <= bound, name
-        return
-    names = ["logits", "x", "w_in", "w_out"]
-    if fault in names:
-        index = names.index(fault)
-        bad = data.draw(st.sampled_from(["text", "integers", "more dimensions", "another device"]))
-        inputs[index] = {
-            "text": "a tensor",
-            "integers": inputs[index].long(),
-            "more dimensions": inputs[index][None],
-            "another device": inputs[index].to("meta"),
-        }[bad]
-        if bad == "another device" and fault in ("logits", "x"):
-            fault = "routing"  # the others are where it should be
-    with pytest.raises((TypeError, ValueError), match=fault):
-        routing = moe_route(inputs[0], experts + 1 if fault == "top_k" else top_k)
-        moe_mlp(inputs[1], routing, *inputs[2:], activation="tanh" if fault == "activation" else activation)
