@@ -126,6 +126,28 @@ void pack_right(const Factor& factor, const Segment& segment, int64_t panel, int
   if (pairs) join_pairs<L>(to, depth, 2 * W);
 }
 
+// Reads what pack_right will read of panels [panel, panel_end) once in the order of memory, a byte of every cache line:
+// the processor fetches ahead along memory only, and laying out jumps from row to row.
+template <class L>
+void touch_right(const Factor& factor, const Segment& segment, int64_t panel, int64_t panel_end, int64_t lanes,
+                 int64_t depth_begin, int64_t depth) {
+  const int64_t size = factor.array.dtype == Dtype::kFloat64 ? 8 : factor.array.dtype == Dtype::kFloat32 ? 4 : 2;
+  const int64_t lane_step = factor.array.stride[1] * size, depth_step = factor.array.stride[2] * size;
+  const int64_t width = factor.half > 0 ? L::W : 2 * L::W, from = panel * width;
+  const int64_t count = smaller(panel_end * width, lanes) - from;
+  const bool along_depth = depth_step == size;
+  if (count <= 0 || depth <= 0 || (!along_depth && lane_step != size)) return;
+  const char* base = (const char*)factor.array.data + segment.expert * factor.array.stride[0] * size;
+  const int64_t runs = along_depth ? count : depth, run = (along_depth ? depth : count) * size;
+  const int64_t step = along_depth ? lane_step : depth_step;
+  for (int64_t part = 0; part <= factor.half; part += factor.half > 0 ? factor.half : 1) {
+    const char* first = base + (from + part) * lane_step + depth_begin * depth_step;
+    for (int64_t i = 0; i < runs; ++i) {
+      for (int64_t at = 0; at < run; at += 64) (void)*(const volatile char*)(first + i * step + at);
+    }
+  }
+}
+
 // c (Rows, 2 vectors) = [c +] the sum over depth of a (depth, kProductRows) times b (depth, 2 vectors).
 template <class L, int Rows>
 __attribute__((noinline)) void multiply_tile(const typename L::T* a, const typename L::T* b, int64_t depth, bool add,
@@ -250,6 +272,10 @@ JT_INLINE void multiply_blocks(const ProductCall& call, int64_t begin, int64_t e
         right_pitch = kProductColumns<L> * depth;
         right = (const T*)call.right.packed + (call.right.shared ? 0 : segment.begin * panels * kProductColumns<L>);
         right += task.column * right_pitch + (call.pairs ? k / 2 : k) * kProductColumns<L>;
+      }
+      const int64_t ahead = call.right.array.stride[2] == 1 ? 2 * kProductDepth : kProductDepth;  // long runs of memory
+      if (call.right.packed == nullptr && k % ahead == 0) {
+        touch_right<L>(call.right, segment, task.column, task.column_end, call.columns, k, smaller(ahead, depth - k));
       }
       for (int64_t q = 0; q < right_panels; ++q) {
         if (call.right.packed == nullptr) {
