@@ -299,9 +299,8 @@ class FaceFormerLoop(torch.nn.Module):
     """Autoregressive generation as FaceFormer's paper describes it (arXiv 2112.05329, section 3): motion of all earlier
     frames embedded, a style added, periodic positions; one Transformer decoder layer whose self-attention is causal and
     biased by how many periods back a frame is, and whose attention to the audio sees the frame's own feature; then to
-    vertices. Every frame goes through the whole prefix again. Written from the paper, random weights.
-
-    Kinder than the published code in one thing: only the newest frame is taken to vertices, not the prefix.
+    vertices. Every frame takes the whole prefix through all of it again, to vertices too, as the published code does.
+    Written from the paper, random weights.
     """
 
     def __init__(self, vertices: int, d: int = 64, heads: int = 4, period: int = 30, most: int = 600) -> None:
@@ -321,11 +320,11 @@ class FaceFormerLoop(torch.nn.Module):
     @torch.no_grad()
     def forward(self, audio: Tensor) -> Tensor:
         """audio (1, frames, d) -> (1, frames, 3 vertices)"""
-        embedded, motion = self.style[None, None], []
+        embedded, motion = self.style[None, None], audio.new_empty((1, 0, self.out.out_features))
         for n in range(1, audio.shape[1] + 1):
             hidden = self.layer(
                 embedded + self.positions[:n], audio[:, :n], self.bias[:, :n, :n], self.alignment[:n, :n]
             )
-            motion.append(self.out(hidden[:, -1:]))
-            embedded = torch.cat([embedded, self.embed(motion[-1]) + self.style], dim=1)
-        return torch.cat(motion, dim=1)
+            motion = self.out(hidden)
+            embedded = torch.cat([embedded, self.embed(motion[:, -1:]) + self.style], dim=1)
+        return motion

@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = "strides or float64 or packed or wild or nothing or steps_are or step_of or mixed or extreme or whole or halves"
-PROPERTIES = "any_scan or any_convolution or any_attention"  # arbitrary shapes, layouts and dtypes; the fast part
+# Arbitrary shapes, layouts and dtypes; the fast part.
+PROPERTIES = "any_scan or any_convolution or any_attention or any_routing or any_mlp"
 
 
 def _library(name):
@@ -47,7 +48,8 @@ def test_the_kernels_are_clean_under_sanitizers(tmp_path):
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
          "-k", f"({TESTS} or {PROPERTIES}) and not random",
          "tests/jambatalk_kernels/test_selective_scan.py", "tests/jambatalk_kernels/test_causal_conv1d.py",
-         "tests/jambatalk_kernels/test_attention_native.py", "tests/jambatalk_kernels/test_properties.py"],
+         "tests/jambatalk_kernels/test_attention_native.py", "tests/jambatalk_kernels/test_moe_native.py",
+         "tests/jambatalk_kernels/test_properties.py", "tests/jambatalk_kernels/test_properties_moe.py"],
         cwd=ROOT, capture_output=True, text=True, timeout=1800,
         env=environment | {
             "PYTHONPATH": str(library.parent),  # before the installed library
