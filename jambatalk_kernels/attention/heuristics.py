@@ -93,7 +93,7 @@ def backward_plan(
 ) -> BackwardPlan:
     """As `forward_plan`."""
     width = padded_head_dim(head_dim)
-    warp_groups = device.capability in _WARP_GROUPS
+    large, warp_groups = device.capability in _LARGE_SHARED, device.capability in _WARP_GROUPS
     if itemsize == 4:
         if width <= 64:
             queries, keys = Tile(32, 32, 4, 1), Tile(32, 32, 8, 1)
@@ -102,7 +102,7 @@ def backward_plan(
     elif width <= 64:
         queries, keys = Tile(128, 64, 8, 2), Tile(64 if warp_groups else 32, 128, 8, 2)
     elif width == 128:
-        queries = Tile(128, 64 if warp_groups else 32, 8, 2)
+        queries = Tile(128, 64 if warp_groups else 32, 8, 2 if large else 1)
         keys = Tile(32, 128, 8, 2) if warp_groups else Tile(64, 64, 8, 1)
     else:
         queries, keys = Tile(128, 32, 8, 1) if warp_groups else Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)
