@@ -152,7 +152,8 @@ int64_t forward_shared(const Plan& plan) {
   return max((warps + 2) * int64_t(sizeof(int32_t)), warps * int64_t(sizeof(A))) * plan.padded;
 }
 
-// budget: registers <= 112, spills 0, shared <= 0
+// At most 512 threads where it takes more than 64 registers: 128 each are all that a multiprocessor has.
+// budget: registers <= 128, spills 0, shared <= 0
 template <class T, class A, int G>
 __global__ void __launch_bounds__(most_threads(sizeof(A) == 8, G), 1) route_kernel(const RouteForward call,
                                                                                   const Plan plan, const Tables to) {
