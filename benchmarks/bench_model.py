@@ -11,7 +11,7 @@ from benchmarks.results import Case
 try:
     from jambatalk.config import JambaTalkConfig
     from jambatalk.decoder import MambaMixer
-except ImportError as error:  # a machine that has what the kernels need and no more
+except ModuleNotFoundError as error:  # a machine that has what the kernels need and no more
     pytest.skip(f"the model cannot be imported: {error}", allow_module_level=True)
 
 LENGTH = 300

@@ -20,7 +20,7 @@ from jambatalk_kernels.rollout.program import AttentionMixer, RolloutState
 try:
     from jambatalk.config import JambaTalkConfig
     from jambatalk.decoder import Decoder
-except ImportError as error:  # a machine that has what the kernels need and no more
+except ModuleNotFoundError as error:  # a machine that has what the kernels need and no more
     pytest.skip(f"the model cannot be imported: {error}", allow_module_level=True)
 
 FRAMES = {"vocaset": 4, "demo": 50}  # of one call: short, so that a quiet moment is enough on a busy machine
@@ -116,7 +116,7 @@ def test_against_transformers(contest, native):
     case = rollout_case("vocaset", "without rotation", program, config, frames, native, threads=2)
     inputs, loop = make_inputs(config, frames), peers.jamba_loop(program)
     mine, theirs = rollout(program, inputs[0]["x"])[0], loop(inputs[0]["x"])
-    assert (mine - theirs).norm() <= 1e-4 * theirs.norm()  # the same model
+    assert (mine - theirs).norm() <= 2e-5 * theirs.norm()  # the same model: 1e-5, the contract, on either side
     contest(
         case, lambda i: rollout(program, i["x"]), inputs, {"transformers": lambda i: loop(i["x"])},
         threads={"ours": 2, "transformers": 2}, rounds=10,

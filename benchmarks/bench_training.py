@@ -20,7 +20,7 @@ try:
     from jambatalk.losses import MotionLoss
     from jambatalk.model import JambaTalk
     from jambatalk.training import Batch, Objective, TrainingOptions
-except ImportError as error:  # a machine that has what the kernels need and no more
+except ModuleNotFoundError as error:  # a machine that has what the kernels need and no more
     pytest.skip(f"the model cannot be imported: {error}", allow_module_level=True)
 
 SECONDS = 4.0  # of a clip of VOCASET, about
@@ -49,8 +49,8 @@ class TheirLayer(nn.Module):
             jamba._experts_implementation = "eager"
         layer = theirs.JambaAttentionDecoderLayer if kind == "T" else theirs.JambaMambaDecoderLayer
         self.layer = layer(jamba, layer_idx=0)
-        for parameter in self.layer.parameters():  # stacked experts are left as they were allocated
-            if parameter.dim() == 3 and parameter.shape[1] > 1:
+        for name, parameter in self.layer.named_parameters():  # its router and experts are left as they were allocated
+            if name.endswith(("router.weight", "gate_up_proj", "down_proj")):
                 nn.init.uniform_(parameter, -(parameter.shape[-1] ** -0.5), parameter.shape[-1] ** -0.5)
 
     def forward(self, x: Tensor, valid: Tensor | None = None, state: None = None) -> tuple[Tensor, None]:

@@ -55,7 +55,9 @@ def test_upper_face_deviation_is_of_the_deviation_over_time_from_the_template():
     assert scores("jambatalk", clips, other)["FDD"] == pytest.approx(0, abs=1e-6)  # signed: cancels
     assert scores("jambatalk", clips, other)["|FDD|"] == pytest.approx(2)
     shifted = pair(clips.predicted + 1, clips.truth + 1, template + 1)
-    assert scores("jambatalk", shifted)["FDD"] == pytest.approx(-2, rel=1e-3)  # the template cancels
+    assert scores("jambatalk", shifted)["FDD"] == pytest.approx(
+        -2, rel=1e-4
+    )  # the template cancels; float32 near 1: 6e-8 of 1e-3
 
 
 def test_mean_vertex_error_and_opening_error():
@@ -77,7 +79,7 @@ def test_temporal_misalignment_is_the_delay_of_a_late_mouth():
         return x
 
     assert scores("mouth", pair(mouth(0), mouth(0)))["MTM"] == 0
-    assert scores("mouth", pair(mouth(0.1), mouth(0)))["MTM"] == pytest.approx(100, abs=34)  # to a frame
+    assert scores("mouth", pair(mouth(0.1), mouth(0)))["MTM"] == pytest.approx(100, abs=1e3 / 30)  # to a frame
     still = np.zeros((90, 4, 3))
     assert np.isnan(scores("mouth", pair(still, mouth(0)))["MTM"])
 

@@ -170,7 +170,7 @@ def test_gradients_are_clipped_and_weights_averaged(corpus, tmp_path):
     values = []
     for _ in range(2):
         assert trainer.train_step()["gradient"] > 1e-3
-        assert torch.stack([p.grad.norm() for p in trainer.parameters]).norm() <= 1.0001e-3
+        assert torch.stack([p.grad.norm() for p in trainer.parameters]).norm() <= 1e-3 * (1 + 1e-6)
         values.append(parameter.detach().clone())
     average = dict(trainer.average.module.named_parameters())[name]
     torch.testing.assert_close(average, (values[0] + values[1]) / 2)  # the first step's weights start the average
@@ -329,7 +329,7 @@ def test_two_processes_have_the_gradient_of_one(corpus, tmp_path):
     assert (one, two) == (1, 2) and gradient.norm() > 0
     torch.testing.assert_close(loss2, loss, rtol=1e-5, atol=0)
     assert (gradient2 - gradient).norm() <= 1e-5 * gradient.norm()
-    torch.testing.assert_close(gradient2, gradient, rtol=1e-3, atol=1e-5 * gradient.abs().max().item())
+    torch.testing.assert_close(gradient2, gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max().item())
 
 
 @pytest.mark.slow

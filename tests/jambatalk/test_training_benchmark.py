@@ -34,6 +34,7 @@ def test_an_epoch_changes_every_weight_that_trains(generated):
 def test_their_layers_have_our_weights_and_train():
     ours, theirs = (bench.make_objective("demo", flag, {**SIZES, "motion_rank": 5}) for flag in (False, True))
     assert weights(ours) == weights(theirs)
+    assert all(p.abs().max() <= 10 for p in theirs.model.decoder.layers.parameters())  # none left as it was allocated
     kinds = [type(layer.layer.feed_forward).__name__ for layer in theirs.model.decoder.layers]
     assert [("Moe" in kind) for kind in kinds] == [kind == "E" for kind in ours.model.config.layers]
     batch = bench.make_batch(theirs.model.config, 2)
