@@ -118,7 +118,10 @@ def operations(objective: Objective, batch: Batch) -> int:
     counts them, and those inside the mixture-of-experts op."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter:
+    def product(left, right, *others, **more):
+        return 2 * left.numel() * right[0]
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: product}) as counter:
         sum(objective(batch).values()).backward()
     config = objective.model.config
     experts = 3 * config.d_model * config.hidden * config.top_k * config.layers.count("E")

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 
 from jambatalk.config import SAMPLING_RATE, AudioEncoderConfig
+from jambatalk.linear import adopt, linear
 
 if TYPE_CHECKING:
     from transformers import Wav2Vec2Config
@@ -55,6 +56,7 @@ class AudioEncoder(nn.Module):
         self.layer_norm = encoder.layer_norm
         self.layers = encoder.layers
         self.dropout = nn.Dropout(config.dropout)
+        adopt(self)
         self.apply(_initialise)
         if config.freeze_front_end:
             self.feature_extractor.requires_grad_(False)
@@ -299,7 +301,7 @@ def strided_products(x: Tensor, conv: nn.Conv1d) -> Tensor:
     weight = conv.weight.permute(2, 1, 0).reshape(kernel * channels, -1)
     y = 0 if conv.bias is None else conv.bias
     for piece, rows in enumerate(weight.split(stride * channels)):
-        y = y + x[:, piece : piece + features, : len(rows)] @ rows
+        y = y + linear(x[:, piece : piece + features, : len(rows)], rows.T)
     return y
 
 

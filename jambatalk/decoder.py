@@ -16,9 +16,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 
 from jambatalk.config import JambaTalkConfig
+from jambatalk.linear import Linear, linear
 from jambatalk_kernels import (
     KVCache,
     Routing,
@@ -45,16 +46,16 @@ class MambaMixer(nn.Module):
         super().__init__()
         inner, rank = config.expand * config.d_model, config.time_step_rank
         self.inner, self.rank, self.states = inner, rank, config.states
-        self.in_proj = nn.Linear(config.d_model, 2 * inner, bias=False)
+        self.in_proj = Linear(config.d_model, 2 * inner, bias=False)
         self.conv1d = nn.Conv1d(inner, inner, config.conv_width, groups=inner)  # holds weight and bias; never called
-        self.x_proj = nn.Linear(inner, rank + 2 * config.states, bias=False)
+        self.x_proj = Linear(inner, rank + 2 * config.states, bias=False)
         self.dt_layernorm = nn.RMSNorm(rank, config.norm_eps)
         self.b_layernorm = nn.RMSNorm(config.states, config.norm_eps)
         self.c_layernorm = nn.RMSNorm(config.states, config.norm_eps)
-        self.dt_proj = nn.Linear(rank, inner)
+        self.dt_proj = Linear(rank, inner)
         self.A_log = nn.Parameter(torch.arange(1, config.states + 1, dtype=torch.float32).log().repeat(inner, 1))
         self.D = nn.Parameter(torch.ones(inner))
-        self.out_proj = nn.Linear(inner, config.d_model, bias=False)
+        self.out_proj = Linear(inner, config.d_model, bias=False)
         nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
         low, high = (math.log(dt) for dt in INITIAL_DT)
         dt = torch.empty(inner).uniform_(low, high).exp()
@@ -118,10 +119,10 @@ class Attention(nn.Module):
         self.heads, self.kv_heads = config.heads, config.kv_heads
         self.head_dim = config.d_model // config.heads
         self.window, self.rope_base = config.attention_window, config.rope_base
-        self.q_proj = nn.Linear(config.d_model, config.heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.d_model, config.kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.d_model, config.kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.heads * self.head_dim, config.d_model, bias=False)
+        self.q_proj = Linear(config.d_model, config.heads * self.head_dim, bias=False)
+        self.k_proj = Linear(config.d_model, config.kv_heads * self.head_dim, bias=False)
+        self.v_proj = Linear(config.d_model, config.kv_heads * self.head_dim, bias=False)
+        self.o_proj = Linear(config.heads * self.head_dim, config.d_model, bias=False)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """x (batch, length, d) -> (batch, length, d); the cache is read and appended to."""
@@ -182,7 +183,7 @@ class Experts(nn.Module):
     def __init__(self, config: JambaTalkConfig):
         super().__init__()
         self.top_k = config.top_k
-        self.router = nn.Linear(config.d_model, config.experts, bias=False)
+        self.router = Linear(config.d_model, config.experts, bias=False)
         self.w_in = nn.Parameter(torch.empty(config.experts, 2 * config.hidden, config.d_model))
         self.w_out = nn.Parameter(torch.empty(config.experts, config.d_model, config.hidden))
         _uniform(self.w_in)

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from jambatalk.audio_encoder import AudioEncoder
 from jambatalk.config import SAMPLING_RATE, ConfigError, JambaTalkConfig
 from jambatalk.decoder import Decoder, DecoderState
+from jambatalk.linear import Linear, linear
 from jambatalk_kernels import Routing, rollout
 from jambatalk_kernels.rollout.program import Program
 
@@ -51,11 +51,11 @@ class JambaTalk(nn.Module):
         self.config = config
         d, motion = config.d_model, config.motion_size
         self.encoder = AudioEncoder(config.encoder, config.frame_rate)
-        self.audio_projection = nn.Linear(config.encoder.hidden, d)
-        self.motion_in = nn.Linear(motion, d)
+        self.audio_projection = Linear(config.encoder.hidden, d)
+        self.motion_in = Linear(motion, d)
         self.style = nn.Embedding(len(config.subjects) + 1, d)  # the last row: "unknown"
         self.decoder = Decoder(config)
-        self.head = nn.Linear(d, motion)
+        self.head = Linear(d, motion)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         nn.init.normal_(self.style.weight, std=0.02)
