@@ -29,7 +29,7 @@ from jambatalk.data.vocaset import Corpus, CorpusError, load_plain_pickle
 from jambatalk.protocols import FLAME_MOUTH, FLAME_VERTICES, Pair, Protocol
 
 if TYPE_CHECKING:
-    from jambatalk.model import JambaTalk
+    from jambatalk.talking_face import TalkingFace
 
 SUFFIXES = (".npy", ".npz")
 LENGTHS_DIFFER = 0.5  # seconds: more than that is another clip, or another frame rate
@@ -149,9 +149,9 @@ class FromFiles:
 
 class FromModel:
     """A checkpoint that speaks. style: "auto" (the speaker's own if known, else of an unknown speaker), "all" (every
-    training identity's, as FaceFormer's protocol has it for unseen speakers), or what `JambaTalk.animate` takes."""
+    training identity's, as FaceFormer's protocol has it for unseen speakers), or what `TalkingFace.animate` takes."""
 
-    def __init__(self, model: JambaTalk, style: str = "auto"):
+    def __init__(self, model: TalkingFace, style: str = "auto"):
         self.model, self.style = model, style
 
     def of(self, truth: Truth) -> list[Prediction]:
@@ -309,10 +309,10 @@ def find(
         first, usual, _ = read_vertices(_files(truth)[0])
         vertices = first.shape[1]
     if (predictions / "config.json").exists():
-        from jambatalk.model import CheckpointError, JambaTalk
+        from jambatalk.talking_face import CheckpointError, TalkingFace
 
         try:
-            predictor = FromModel(JambaTalk.from_pretrained(predictions), style)
+            predictor = FromModel(TalkingFace.from_pretrained(predictions), style)
         except CheckpointError as error:
             raise ComparisonError(str(error)) from None
         if style not in ("auto", "all", "mean", "unknown") and style not in predictor.model.config.subjects:

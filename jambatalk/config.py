@@ -1,15 +1,25 @@
-"""Everything that defines a JambaTalk model except its weights, as plain data that round-trips through JSON."""
+"""Everything that defines a model except its weights, as plain data that round-trips through JSON."""
+
+from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from typing import Self  # Python 3.11
 
 ARRANGEMENTS = {  # M: Mamba + MLP; E: Mamba + mixture of experts; T: attention + MLP (paper, Fig. 3)
     "moe-moe": "EMETEME",
     "m-moe": "MEMTEME",
     "m-m": "MEMTMEM",
     "moe-m": "EMETMEM",
+}
+
+MODELS = {  # name in configurations and on command lines -> module:class
+    "jambatalk": "jambatalk.model:JambaTalk",
+    "faceformer": "jambatalk.baselines.faceformer:FaceFormer",
 }
 
 SAMPLING_RATE = 16000  # Hz, of every audio encoder here
@@ -122,66 +132,34 @@ class AudioEncoderConfig:
 
 
 @dataclass
-class JambaTalkConfig:
+class TalkingFaceConfig:
+    """What every model here has in common (`talking_face.TalkingFace`): the face, the audio encoder, the losses."""
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}  # of each model, from `presets`
+
+    model: str = ""  # which model this configures: a key of MODELS
     preset: str = "vocaset"
     vertices: int = 5023
     fps: int | str = 30  # frames per second; a ratio such as "30000/1001" where it is not whole
     d_model: int = 512
-    heads: int = 8
-    kv_heads: int = 1
-    hidden: int = 1024  # of the gated MLP and of each expert
-    experts: int = 4
-    top_k: int = 2
-    arrangement: str = "moe-moe"
-    states: int = 16
-    conv_width: int = 4
-    expand: int = 2
-    dt_rank: int | None = None  # None: ceil(d_model / 16)
-    attention_window: int | None = None  # frames; None: all of them
-    rope_base: float = 10000.0
-    period: int | None = 30  # frames, of the periodic positional encoding; None: none
     motion_rank: int | None = None  # None: motion is 3 * vertices displacements; else coefficients of so many shapes
-    dropout: float = 0.0  # on the output of every mixer and MLP of the decoder, in training
-    norm_eps: float = 1e-6
+    period: int | None = 30  # frames, of the periodic positional encoding; None: none
+    dropout: float = 0.0
     subjects: list[str] = field(default_factory=list)  # training identities, in the order of the style embedding
     encoder: AudioEncoderConfig = field(default_factory=AudioEncoderConfig)
-    vertex_weight: float = 1.0  # of the losses, as the next four (see losses.py)
+    vertex_weight: float = 1.0  # of the losses, as the next three (see losses.py)
     velocity_weight: float = 1.0
     lip_weight: float = 1.0
     opening_weight: float = 0.0
-    router_loss_weight: float = 0.001
     unknown_style_probability: float = 0.1  # in training, how often a clip's identity is replaced by "unknown"
 
     def __post_init__(self) -> None:
+        if self.model != type(self).model:
+            raise ConfigError(f"model must be {type(self).model!r}, got {self.model!r}")
         if not isinstance(self.encoder, AudioEncoderConfig):
             self.encoder = _build(AudioEncoderConfig, self.encoder, "encoder.")
-        if self.arrangement not in ARRANGEMENTS:
-            raise ConfigError(f"arrangement must be one of {', '.join(ARRANGEMENTS)}, got {self.arrangement!r}")
-        for name in (
-            "vertices",
-            "d_model",
-            "heads",
-            "kv_heads",
-            "hidden",
-            "experts",
-            "top_k",
-            "states",
-            "conv_width",
-            "expand",
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} must be a positive whole number, got {value!r}")
-        for name in ("dt_rank", "attention_window", "period", "motion_rank"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ConfigError(f"{name} must be a positive whole number or null, got {value!r}")
-        if self.d_model % self.heads or self.d_model // self.heads % 2:
-            raise ConfigError(f"heads must divide d_model into even parts, got {self.heads} and {self.d_model}")
-        if self.heads % self.kv_heads:
-            raise ConfigError(f"kv_heads must divide heads, got {self.kv_heads} and {self.heads}")
-        if self.top_k > self.experts:
-            raise ConfigError(f"top_k must be at most experts, got {self.top_k} and {self.experts}")
+        self.require_whole("vertices", "d_model")
+        self.require_whole("period", "motion_rank", optional=True)
         if self.motion_rank is not None and self.motion_rank > 3 * self.vertices:
             raise ConfigError(f"motion_rank must be at most 3 * vertices, got {self.motion_rank}")
         try:
@@ -194,24 +172,24 @@ class JambaTalkConfig:
             raise ConfigError("subjects must not repeat")
         self.subjects = list(self.subjects)
 
+    def require_whole(self, *names: str, optional: bool = False) -> None:
+        """Raises ConfigError where one of these is no positive whole number (or None, where that is allowed)."""
+        for name in names:
+            value = getattr(self, name)
+            if optional and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} must be a positive whole number{' or null' * optional}, got {value!r}")
+
     @property
     def frame_rate(self) -> Fraction:
         """fps, exact."""
         return Fraction(self.fps)
 
     @property
-    def layers(self) -> str:
-        """One letter per decoder layer: M, E or T."""
-        return ARRANGEMENTS[self.arrangement]
-
-    @property
     def motion_size(self) -> int:
         """Numbers per frame of motion: 3 * vertices, or the rank of the basis."""
         return 3 * self.vertices if self.motion_rank is None else self.motion_rank
-
-    @property
-    def time_step_rank(self) -> int:
-        return -(-self.d_model // 16) if self.dt_rank is None else self.dt_rank
 
     @property
     def lookahead_ms(self) -> float | None:
@@ -227,16 +205,16 @@ class JambaTalkConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "JambaTalkConfig":
+    def from_dict(cls, values: dict[str, Any]) -> Self:
         """Raises ConfigError for an unknown key or a value that cannot be."""
         return _build(cls, values, "")
 
     @classmethod
-    def from_preset(cls, name: str, **overrides: Any) -> "JambaTalkConfig":
+    def from_preset(cls, name: str, **overrides: Any) -> Self:
         """`vocaset`, `biwi` or `demo`, with some values replaced."""
-        if name not in PRESETS:
-            raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
-        return cls.from_dict({"preset": name, **PRESETS[name], **overrides})
+        if name not in cls.PRESETS:
+            raise ConfigError(f"preset must be one of {', '.join(cls.PRESETS)}, got {name!r}")
+        return cls.from_dict({"preset": name, **cls.PRESETS[name], **overrides})
 
 
 def _build(cls: type, values: Any, prefix: str) -> Any:
@@ -255,15 +233,11 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
         raise ConfigError(f"bad configuration: {error}") from error
 
 
-PRESETS: dict[str, dict[str, Any]] = {
+SHARED_PRESETS: dict[str, dict[str, Any]] = {
     "vocaset": dict(),
     "biwi": dict(vertices=23370, fps=25, period=25),
     "demo": dict(
         vertices=5085,
-        d_model=128,
-        heads=4,
-        hidden=256,
-        attention_window=300,
         motion_rank=64,
         lip_weight=10.0,
         opening_weight=1.0,
@@ -287,3 +261,52 @@ PRESETS: dict[str, dict[str, Any]] = {
         ),
     ),
 }
+
+
+def presets(**own: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The presets of one model: what the face and the encoder are for all, and this model's `own` values by preset."""
+    return {name: {**values, **own.get(name, {})} for name, values in SHARED_PRESETS.items()}
+
+
+@dataclass
+class JambaTalkConfig(TalkingFaceConfig):
+    model: str = "jambatalk"
+    heads: int = 8
+    kv_heads: int = 1
+    hidden: int = 1024  # of the gated MLP and of each expert
+    experts: int = 4
+    top_k: int = 2
+    arrangement: str = "moe-moe"
+    states: int = 16
+    conv_width: int = 4
+    expand: int = 2
+    dt_rank: int | None = None  # None: ceil(d_model / 16)
+    attention_window: int | None = None  # frames; None: all of them
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-6
+    router_loss_weight: float = 0.001
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.arrangement not in ARRANGEMENTS:
+            raise ConfigError(f"arrangement must be one of {', '.join(ARRANGEMENTS)}, got {self.arrangement!r}")
+        self.require_whole("heads", "kv_heads", "hidden", "experts", "top_k", "states", "conv_width", "expand")
+        self.require_whole("dt_rank", "attention_window", optional=True)
+        if self.d_model % self.heads or self.d_model // self.heads % 2:
+            raise ConfigError(f"heads must divide d_model into even parts, got {self.heads} and {self.d_model}")
+        if self.heads % self.kv_heads:
+            raise ConfigError(f"kv_heads must divide heads, got {self.kv_heads} and {self.heads}")
+        if self.top_k > self.experts:
+            raise ConfigError(f"top_k must be at most experts, got {self.top_k} and {self.experts}")
+
+    @property
+    def layers(self) -> str:
+        """One letter per decoder layer: M, E or T."""
+        return ARRANGEMENTS[self.arrangement]
+
+    @property
+    def time_step_rank(self) -> int:
+        return -(-self.d_model // 16) if self.dt_rank is None else self.dt_rank
+
+
+JambaTalkConfig.PRESETS = presets(demo=dict(d_model=128, heads=4, hidden=256, attention_window=300))

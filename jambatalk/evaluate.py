@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
     from jambatalk.animation import Animation
     from jambatalk.metrics import Phone
-    from jambatalk.model import JambaTalk
+    from jambatalk.talking_face import TalkingFace
 
 SUFFIXES = (".wav", ".flac", ".ogg")
 LARGEST_LAG = 0.2  # seconds either way that `opening_lag_ms` looks at
@@ -107,7 +107,7 @@ def speaker_of(relative: Path) -> str:
 
 
 def speech_report(
-    model: JambaTalk,
+    model: TalkingFace,
     clips: Iterable[Clip],
     *,
     subject: str | None = None,
@@ -117,9 +117,9 @@ def speech_report(
     """Run a model on recordings and measure its mouth.
 
     Args:
-        model: a JambaTalk, or anything with `animate(audio, subject=...) -> Animation`.
+        model: a TalkingFace, or anything with `animate(audio, subject=...) -> Animation`.
         clips: from `find_clips`.
-        subject: speaking style, as `JambaTalk.animate` takes it.
+        subject: speaking style, as `TalkingFace.animate` takes it.
         alignment: False leaves out what needs phone times, and then `pocketsphinx` is not needed.
         progress: called with each clip's row as it is done.
 
@@ -425,12 +425,12 @@ def _measure_speech(arguments: argparse.Namespace) -> int:
         clips = find_clips(arguments.speech)
         # Imported only now: --help and a mistyped folder should not wait for torch.
         from jambatalk.audio import AudioError
-        from jambatalk.model import CheckpointError, JambaTalk
         from jambatalk.speech import SpeechPackageMissing
+        from jambatalk.talking_face import CheckpointError, TalkingFace
     except EvaluationError as error:
         return _refuse(error)
     try:
-        model = JambaTalk.from_pretrained(arguments.model)
+        model = TalkingFace.from_pretrained(arguments.model)
         _place(model, arguments.device)
         if arguments.subject not in (None, "mean", "unknown") and arguments.subject not in model.config.subjects:
             known = ", ".join([*model.config.subjects, "mean", "unknown"])
@@ -454,7 +454,7 @@ def _measure_speech(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _place(model: JambaTalk, device: str) -> None:
+def _place(model: TalkingFace, device: str) -> None:
     """Move a model to a device. Raises EvaluationError where there is no such device."""
     try:
         model.to(device)

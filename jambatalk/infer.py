@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         help="kernels to run on; ops without them use the reference (default: the fastest there is)",
     )
     p.add_argument(
-        "--seed", type=int, default=0, help="of PyTorch's random numbers; the model itself draws none (default: 0)"
+        "--seed", type=int, default=0, help="of the noise that FaceDiffuser starts from; others draw none (default: 0)"
     )
     p.add_argument("--json", action="store_true", help="print one JSON line a file instead of its path")
     p.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
@@ -97,7 +97,7 @@ def _run(arguments: argparse.Namespace) -> int:
             continue
         if model is None:
             from jambatalk.config import ConfigError
-            from jambatalk.model import CheckpointError
+            from jambatalk.talking_face import CheckpointError
             from jambatalk_kernels.backends import BackendUnavailable
 
             try:
@@ -170,7 +170,7 @@ def _read(source: Path, output: Path, arguments: argparse.Namespace):
 def _load_model(arguments: argparse.Namespace):
     import torch
 
-    from jambatalk.model import JambaTalk
+    from jambatalk.talking_face import TalkingFace
 
     try:
         device = torch.device(arguments.device)
@@ -179,8 +179,8 @@ def _load_model(arguments: argparse.Namespace):
         raise _Mistake(f"--device {arguments.device} cannot be used: {_first_line(error)}") from None
     if arguments.backend is not None:
         _check_backend(arguments.backend, device)
-    torch.manual_seed(arguments.seed)
-    model = JambaTalk.from_pretrained(arguments.model, device=device)
+    model = TalkingFace.from_pretrained(arguments.model, device=device)
+    model.seed = arguments.seed
     names = [*model.config.subjects, "mean", "unknown", *map(str, range(len(model.config.subjects)))]
     if arguments.subject is not None and arguments.subject not in names:
         known = [*model.config.subjects, "mean", "unknown"]

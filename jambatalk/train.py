@@ -1,4 +1,4 @@
-"""python -m jambatalk.train DATA: train JambaTalk on a corpus in the VOCASET layout.
+"""python -m jambatalk.train DATA: train JambaTalk, or a baseline, on a corpus in the VOCASET layout.
 
 Several processes or machines share each batch: `accelerate launch -m jambatalk.train DATA ...`, or `torchrun -m` so;
 without either there is one process.
@@ -13,17 +13,20 @@ import os
 import sys
 from pathlib import Path
 
+from jambatalk.config import MODELS
 from jambatalk.data.vocaset import add_arguments
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m jambatalk.train",
-        description="Train JambaTalk on a corpus in the VOCASET layout (as released, as FaceFormer prepares it, or by "
-        "jambatalk.synthesize) or on BIWI. The run folder ends with config.json and model.safetensors, which "
-        "jambatalk.infer takes as --model; log.jsonl and TensorBoard's events are written as it goes.",
+        description="Train JambaTalk, or a baseline, on a corpus in the VOCASET layout (as released, as FaceFormer "
+        "prepares it, or by jambatalk.synthesize) or on BIWI. The run folder ends with config.json and "
+        "model.safetensors, which jambatalk.infer takes as --model; log.jsonl and TensorBoard's events are written as "
+        "it goes.",
     )
     p.add_argument("data", type=Path, metavar="DATA", help="folder of the corpus")
+    p.add_argument("--model", choices=MODELS, default="jambatalk", help="what to train (default: jambatalk)")
     p.add_argument(
         "--preset", choices=("vocaset", "biwi", "demo"), default="vocaset", help="model size (default: vocaset)"
     )
@@ -35,8 +38,8 @@ def parser() -> argparse.ArgumentParser:
         help="go on from the newest checkpoint in the run folder, with the options it was started with unless given",
     )
     p.add_argument("--encoder", metavar="PATH_OR_ID", help="a Wav2Vec 2.0 checkpoint to start the audio encoder from")
-    p.add_argument("--init", metavar="DIR", help="a JambaTalk checkpoint to start from (default: from scratch)")
-    p.add_argument("--arrangement", choices=("moe-moe", "m-moe", "m-m", "moe-m"), help="order of the decoder's layers")
+    p.add_argument("--init", metavar="DIR", help="a checkpoint of the same model to start from (default: from scratch)")
+    p.add_argument("--arrangement", choices=("moe-moe", "m-moe", "m-m", "moe-m"), help="order of JambaTalk's layers")
     p.add_argument("--epochs", type=int, help="times every clip is seen (default: 200; demo: 2400 steps)")
     p.add_argument("--steps", type=int, help="optimisation steps in all, instead of epochs")
     p.add_argument("--batch", type=int, help="clips a step (default: 4; demo: 8)")
@@ -77,14 +80,16 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"--ema must be at least 0 and below 1, not {args.ema}")
     if args.seed is not None and args.seed < 0:
         return _fail(f"--seed must not be negative, is {args.seed}")
+    if args.arrangement and args.model != "jambatalk":
+        return _fail(f"--arrangement is of jambatalk, not of {args.model}")
     if (args.out / "checkpoints").exists() and not args.resume:
         return _fail(f"{args.out} holds a run already: --resume goes on with it, or choose another --out")
 
     import torch
     from tqdm import tqdm
 
-    from jambatalk.config import JambaTalkConfig
     from jambatalk.data.vocaset import Corpus
+    from jambatalk.talking_face import model_class
     from jambatalk.training import Trainer, TrainingOptions, newest_checkpoint
 
     if args.threads:
@@ -99,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         overrides = _overrides(args.config)
         if args.arrangement:
             overrides["arrangement"] = args.arrangement
-        config = JambaTalkConfig.from_preset(args.preset, **overrides)
+        config = model_class(args.model).config_class.from_preset(args.preset, **overrides)
         if checkpoint is None:
             options = TrainingOptions.for_preset(args.preset, **given)
         else:

@@ -34,12 +34,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from jambatalk.audio_encoder import wav2vec2_architecture
-from jambatalk.config import JambaTalkConfig
+from jambatalk.config import TalkingFaceConfig
 from jambatalk.data.augment import augment
 from jambatalk.data.vocaset import SAMPLING_RATE, Clip, Corpus, CorpusError
 from jambatalk.face.mouth import inner_lip_gap
-from jambatalk.losses import MotionLoss, balance_loss, motion_metric
-from jambatalk.model import CheckpointError, JambaTalk
+from jambatalk.losses import MotionLoss, motion_metric
+from jambatalk.talking_face import CheckpointError, TalkingFace, model_class
 from jambatalk_kernels.rollout.program import Program, tensors_of
 
 PHONES = (
@@ -225,10 +225,11 @@ class Batch:
     style: Tensor  # (batch,) int64
     generated: Tensor  # (batch, frames) bool
     noise: Tensor | None  # (batch, frames, d)
+    done: float = 0.0  # share of the run's steps that went before
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device; lengths stay, since they are read on the host."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if value is not None}
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **{**moved, "lengths": self.lengths})
 
 
@@ -268,7 +269,7 @@ def shift(motion: Tensor) -> Tensor:
 class Objective(nn.Module):
     """What a step minimises: a batch in, losses out, in one forward, so that processes can share it."""
 
-    def __init__(self, model: JambaTalk, loss: MotionLoss, options: TrainingOptions):
+    def __init__(self, model: TalkingFace, loss: MotionLoss, options: TrainingOptions):
         super().__init__()
         self.model, self.loss, self.options = model, loss, options
         self.phone_head = nn.Linear(model.config.d_model, len(PHONES)) if options.phone_weight else None
@@ -276,27 +277,9 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch, across: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
         """across: the mean of a tensor over the processes that share the batch; None: there is one process."""
-        model, device = self.model, batch.motion.device.type
         labels = torch.where(batch.valid, batch.phones, -100)
         counts = torch.stack([*self.loss.count(batch.valid), (labels >= 0).sum().float()])
-        frames, pairs, labelled = counts if across is None else across(counts)
-        dtype = PRECISIONS[self.options.precision]
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            features = model.encode(batch.samples, batch.lengths, frames=batch.motion.shape[1])
-            history = self.history(features.detach().float(), batch)
-            motion, routings = model.decode(features, history, batch.style, batch.valid)
-        with torch.autocast(device, enabled=False):
-            closed = torch.isin(batch.phones, BILABIALS.to(batch.phones.device))
-            emphasis = torch.where(closed, self.options.closure_weight, 1.0)
-            position, velocity = self.loss(motion, batch.motion, batch.valid, emphasis, (frames, pairs))
-            losses = {"vertex": position, "velocity": velocity}
-            if routings:
-                losses["router"] = model.config.router_loss_weight * balance_loss(routings, across)
-            if self.phone_head is not None:
-                guesses = self.phone_head(features.float()).flatten(0, 1)
-                total = nn.functional.cross_entropy(guesses, labels.flatten(), ignore_index=-100, reduction="sum")
-                losses["phones"] = self.options.phone_weight * total / labelled.clamp_min(1e-9)
-        return losses
+        return self.model.losses(Lesson(self, batch, labels, counts if across is None else across(counts), across))
 
     @torch.no_grad()
     def history(self, features: Tensor, batch: Batch) -> Tensor:
@@ -325,12 +308,53 @@ class Objective(nn.Module):
         return self._program
 
 
+@dataclass
+class Lesson:
+    """A batch, and what a model may ask for while it works out its losses (`TalkingFace.losses`)."""
+
+    objective: Objective
+    batch: Batch
+    labels: Tensor  # (batch, frames) int64, the phones, -100 unknown or padding
+    counts: Tensor  # frames, pairs of neighbouring frames and labelled frames of the whole batch, all processes'
+    across: Callable[[Tensor], Tensor] | None  # the mean of a tensor over the processes; None: there is one
+
+    def autocast(self) -> torch.autocast:
+        """The precision that the run trains in. Losses are to be computed outside of it."""
+        dtype = PRECISIONS[self.objective.options.precision]
+        return torch.autocast(self.batch.motion.device.type, dtype, enabled=dtype != torch.float32)
+
+    def history(self, features: Tensor) -> Tensor:
+        """What each frame is fed back: see `Objective.history`."""
+        return self.objective.history(features, self.batch)
+
+    def motion_losses(self, motion: Tensor) -> dict[str, Tensor]:
+        """motion (batch, frames, motion_size) against the truth: "vertex" and, where it has a weight, "velocity"."""
+        batch, objective = self.batch, self.objective
+        closed = torch.isin(batch.phones, BILABIALS.to(batch.phones.device))
+        emphasis = torch.where(closed, objective.options.closure_weight, 1.0)
+        position, velocity = objective.loss(
+            motion, batch.motion, batch.valid, emphasis, (self.counts[0], self.counts[1])
+        )
+        return {"vertex": position} | ({"velocity": velocity} if objective.loss.velocity_weight else {})
+
+    def phone_loss(self, features: Tensor) -> dict[str, Tensor]:
+        """How badly a linear layer guesses the sound of each frame from its features (batch, frames, d).
+        Nothing where the run does not teach phones."""
+        objective = self.objective
+        if objective.phone_head is None:
+            return {}
+        with torch.autocast(features.device.type, enabled=False):
+            guesses = objective.phone_head(features.float()).flatten(0, 1)
+            total = nn.functional.cross_entropy(guesses, self.labels.flatten(), ignore_index=-100, reduction="sum")
+            return {"phones": objective.options.phone_weight * total / self.counts[2].clamp_min(1e-9)}
+
+
 class Trainer:
     """One run: `Trainer(config, options, corpus, out).run()`; with a `checkpoint` it goes on from there."""
 
     def __init__(
         self,
-        config: JambaTalkConfig,
+        config: TalkingFaceConfig,
         options: TrainingOptions,
         corpus: Corpus,
         out: Path,
@@ -339,10 +363,10 @@ class Trainer:
         checkpoint: Path | None = None,
         device: str = "auto",
     ):
-        """pretrained: a Wav2Vec 2.0 checkpoint for the encoder. init: a JambaTalk checkpoint to start from; its motion
-        basis is kept, since its weights are written in it, and so are the styles of the identities that it knows.
-        checkpoint: of this run (`newest_checkpoint`), to go on from; then the two others do not matter. device: "auto"
-        takes a GPU where there is one, "cpu" does not."""
+        """pretrained: a Wav2Vec 2.0 checkpoint for the encoder. init: a checkpoint of the same model to start from; its
+        motion basis is kept, since its weights are written in it, and so are the styles of the identities that it
+        knows. checkpoint: of this run (`newest_checkpoint`), to go on from; then the two others do not matter. device:
+        "auto" takes a GPU where there is one, "cpu" does not."""
         try:
             from accelerate import Accelerator
             from accelerate.utils import DistributedDataParallelKwargs
@@ -360,7 +384,7 @@ class Trainer:
         clips = corpus.clips("train")
         subjects = list(dict.fromkeys(clip.subject for clip in clips))
         if checkpoint is not None:
-            model = JambaTalk.from_pretrained(checkpoint)
+            model = TalkingFace.from_pretrained(checkpoint)
             config = model.config
         if corpus.vertex_count != config.vertices:
             raise CorpusError(
@@ -380,7 +404,7 @@ class Trainer:
         else:
             if pretrained is not None:  # base, large, ...: the checkpoint says which
                 config.encoder = replace(config.encoder, **wav2vec2_architecture(pretrained))
-            model = JambaTalk(config)
+            model = model_class(config.model)(config)
             if pretrained is not None:
                 model.encoder.load_wav2vec2(pretrained)
             if init is not None:
@@ -441,7 +465,8 @@ class Trainer:
 
     def draw(self, step: int) -> Batch:
         """This process's clips of a step. Every epoch visits every clip once, in an order of its own."""
-        return collate([self.draw_example(step, i) for i in range(self.rank, self.options.batch, self.processes)])
+        examples = [self.draw_example(step, i) for i in range(self.rank, self.options.batch, self.processes)]
+        return replace(collate(examples), done=step / self.options.steps)
 
     def draw_example(self, step: int, place: int) -> Example:
         """Clip number `place` of a step: the same whichever process draws it, whatever the others draw."""
@@ -514,7 +539,7 @@ class Trainer:
     # Validation
 
     @property
-    def best(self) -> JambaTalk:
+    def best(self) -> TalkingFace:
         """The model to use: the moving average where there is one."""
         return self.average.module if self.average is not None else self.model
 
@@ -674,8 +699,8 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _start_from(model: JambaTalk, folder: str | Path) -> None:
-    old = JambaTalk.from_pretrained(folder)
+def _start_from(model: TalkingFace, folder: str | Path) -> None:
+    old = type(model).from_pretrained(folder)
     styles = model.style.weight.detach().clone()
     for name in set(model.config.subjects) & set(old.config.subjects):
         styles[model.subject_index(name)] = old.style.weight[old.subject_index(name)].detach()

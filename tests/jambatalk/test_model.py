@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from jambatalk.config import JambaTalkConfig
-from jambatalk.model import JambaTalk, periodic_encoding
+from jambatalk.model import JambaTalk
+from jambatalk.talking_face import periodic_encoding
 
 ENCODER = dict(
     context="windowed",
@@ -147,7 +148,7 @@ def test_padding_of_a_batch_changes_nothing():
 @pytest.mark.parametrize("encoder", [ENCODER, FULL], ids=["windowed", "full"])
 @pytest.mark.parametrize("rank", [None, 5])
 def test_animate_equals_encode_and_generate(encoder, rank, monkeypatch):
-    monkeypatch.setattr("jambatalk.model.CHUNK_FRAMES", 7)
+    monkeypatch.setattr("jambatalk.talking_face.CHUNK_FRAMES", 7)
     model = make(encoder, motion_rank=rank)
     samples = 0.1 * torch.randn(16123)
     shares = []
