@@ -21,6 +21,7 @@ from jambatalk_kernels import backends, native_library
 
 LOADED, WHY_NOT = native_library()
 _CASES: pytest.StashKey[list[Case]] = pytest.StashKey()  # of the session, and of every test
+_OUTCOMES: pytest.StashKey[dict[str, str | None]] = pytest.StashKey()  # of the session: test -> why skipped, or None
 
 
 def keep_freed_memory() -> None:
@@ -50,13 +51,34 @@ def pytest_configure(config):
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, CUDA_CAP / total))
-    config.stash[_CASES] = []
+    config.stash[_CASES], config.stash[_OUTCOMES] = [], {}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if call.when == "call" or report.skipped:
+        _note(item.config, report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    report = yield
+    if report.skipped:  # a whole module
+        _note(collector.config, report)
+    return report
+
+
+def _note(config, report) -> None:
+    reason = report.longrepr[2].removeprefix("Skipped: ") if report.skipped else None
+    config.stash[_OUTCOMES][report.nodeid.rpartition("/")[2]] = reason
 
 
 def pytest_sessionfinish(session):
     option = session.config.option
     whole = not (option.keyword or option.markexpr or any(".py" in argument for argument in session.config.args))
-    results.save(option.results, session.config.stash[_CASES], replace=whole)
+    results.save(option.results, session.config.stash[_CASES], session.config.stash[_OUTCOMES], replace=whole)
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -1,6 +1,6 @@
-"""python -m benchmarks.report: writes benchmarks/README.md from benchmarks/results/*.json.
+"""python -m benchmarks.report: writes benchmarks/README.md, its plots and the README's figures from results/*.json.
 
-A GPU case that no result file has is shown as predicted, or as not measured where there is no prediction either.
+A GPU case that no result file has is shown as not measured, with what is predicted of it, if anything.
 ``--no-predictions`` leaves the compilers alone (predictions take minutes of theirs).
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import cards, results
+from benchmarks import cards, headline, results, roofline
 from benchmarks.results import bar_text, time_text
 
 README = Path(__file__).parent / "README.md"
@@ -33,6 +33,7 @@ def machine_line(facts: dict) -> str:
 
 def measured(result: dict) -> list[str]:
     lines = [f"## {machine_line(result['machine'])}", "", f"From `results/{result['file']}`.", ""]
+    lines += plot(result)
     lines += ["| case | ours | others | figures and bars |", "|---|---|---|---|"]
     for case in result["cases"]:
         seconds = dict(case["seconds"])
@@ -43,7 +44,29 @@ def measured(result: dict) -> list[str]:
     absent = {f"{name}: {why}" for case in result["cases"] for name, why in case["absent"].items()}
     if absent:
         lines += ["", f"Absent peers: {'; '.join(sorted(absent))}."]
+    reasons: dict[str, list[str]] = {}
+    for test, reason in result.get("skipped", {}).items():
+        reasons.setdefault(reason, []).append(test)
+    if reasons:
+        lines += ["", "Not run on this machine:", ""]
+        lines += [f"- {reason}: {', '.join(f'`{test}`' for test in tests)}" for reason, tests in reasons.items()]
     return [*lines, ""]
+
+
+def plot(result: dict) -> list[str]:
+    """Draws the roofline beside this page. Nothing where the machine's ceilings were not measured."""
+    drawing = roofline.draw(result, f"{result['machine']['device']}, {result['machine'].get('instruction_set', 'GPU')}")
+    if drawing is None:
+        return []
+    path = README.with_name(f"roofline-{result['file'].removesuffix('.json')}.svg")
+    path.write_text(drawing)
+    return [
+        f"![Operations per byte against operations per second]({path.name})",
+        "",
+        "Each mark is a case; the lines are what this machine's memory and its matrix products reach. Bytes and "
+        "operations are those of the formula, every tensor once: what is read out of a cache lies above the slope.",
+        "",
+    ]
 
 
 def on_gpus(files: list[dict], predictions: bool) -> list[str]:
@@ -62,7 +85,7 @@ def on_gpus(files: list[dict], predictions: bool) -> list[str]:
         for name, prediction in predict.cases(card).items():
             before = times[card.name].get(name)
             text = f"predicted {time_text(prediction.seconds)} ({prediction.limit})"
-            times[card.name][name] = f"{before}; {text}" if before else text
+            times[card.name][name] = f"{before or 'not measured'}; {text}"
     shown = [card.name for card in cards.CARDS]
     lines = ["## GPUs", ""]
     if not any("measured" in text for row in times.values() for text in row.values()):
@@ -79,6 +102,7 @@ def main() -> None:
     files = results.load()
     parts = [HEAD, *(line for result in files for line in measured(result)), *on_gpus(files, predictions)]
     README.write_text("\n".join(parts).rstrip() + "\n")
+    headline.README.write_text(headline.written(headline.README.read_text(), files))
 
 
 if __name__ == "__main__":

@@ -89,23 +89,27 @@ def slug(facts: dict) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def save(folder: Path, cases: Iterable[Case], replace: bool) -> None:
+def save(folder: Path, cases: Iterable[Case], outcomes: dict[str, str | None], replace: bool) -> None:
     """Write one file per device.
 
-    Unless ``replace``, cases that did not run this time stay, if the machine and its versions are the same.
+    Unless ``replace``, what did not run this time stays, if the machine and its versions are the same.
+    outcomes: test -> why it was skipped, which goes into every file; None if it ran.
     """
     folder.mkdir(parents=True, exist_ok=True)
     records = [case.record for case in cases]
     for device in sorted({record["device"] for record in records}):
         facts = machine(device)
         path = folder / f"{slug(facts)}.json"
-        kept = {}
+        kept, without = {}, {}
         if path.exists() and not replace:
             before = json.loads(path.read_text())
-            kept = {each["name"]: each for each in before["cases"]} if before["machine"] == facts else {}
+            if before["machine"] == facts:
+                kept, without = {each["name"]: each for each in before["cases"]}, before.get("skipped", {})
         fresh = {record["name"]: record for record in records if record["device"] == device}
         ordered = [rounded(kept[name] if name not in fresh else fresh[name]) for name in {**kept, **fresh}]
-        path.write_text(json.dumps({"machine": facts, "cases": ordered}, indent=2) + "\n")
+        skipped = {test: reason for test, reason in {**without, **outcomes}.items() if reason is not None}
+        written = {"machine": facts, "cases": ordered, "skipped": skipped}
+        path.write_text(json.dumps(written, indent=2) + "\n")
 
 
 def rounded(value):

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from gpu_code import Code, Instruction  # noqa: E402
 
-from benchmarks import cards, peers, predict, report, results  # noqa: E402
+from benchmarks import cards, headline, peers, predict, report, results, roofline  # noqa: E402
 from benchmarks.timing import CpuContestant, rotation  # noqa: E402
 
 
@@ -41,17 +41,62 @@ def test_bars():
 def test_result_files_keep_what_did_not_run(tmp_path):
     first, second = case("one"), case("two")
     first.seconds["ours"], second.seconds["ours"] = 1.23456789, 2.0
-    results.save(tmp_path, [first], replace=False)
-    results.save(tmp_path, [second], replace=False)
+    results.save(tmp_path, [first], {"test_one": None, "test_two": "no GPU", "test_three": "no GPU"}, replace=False)
+    results.save(tmp_path, [second], {"test_two": None}, replace=False)
     (path,) = tmp_path.iterdir()
     assert path.name.startswith("cpu-")
     written = json.loads(path.read_text())
     assert [each["name"] for each in written["cases"]] == ["one", "two"]
     assert written["cases"][0]["seconds"]["ours"] == 1.235
     assert written["machine"]["versions"]["torch"]
-    results.save(tmp_path, [second], replace=True)
+    assert written["skipped"] == {"test_three": "no GPU"}
+    results.save(tmp_path, [second], {}, replace=True)
     assert [each["name"] for each in json.loads(path.read_text())["cases"]] == ["two"]
     assert any("| two | 2 s |" in line for line in report.measured({**written, "file": path.name}))
+
+
+def machine_with(*cases):
+    machine = {"device": "a processor", "architecture": "x86_64", "instruction_set": "avx2", "versions": {"torch": "2"}}
+    return {"machine": machine, "file": "a.json", "cases": list(cases)}
+
+
+def test_the_readme_says_what_was_measured():
+    """Nobody edits a figure there: `python -m benchmarks.report` writes them."""
+    readme = headline.README.read_text()
+    files = [result for result in results.load() if f"`{result['file']}`" in readme]  # not a user's own machine's
+    assert files and headline.written(readme, files) == readme
+
+
+def test_headline_figures():
+    loop = case("rollout vocaset without rotation, 2 threads").record
+    loop["seconds"] = {"ours": 0.02, "transformers": 0.1}
+    speech = case("inference vocaset float32 10 s, 2 threads").record
+    speech["seconds"], speech["facts"] = {"ours": 1.5}, {"audio_seconds": 10}
+    table = headline.table([machine_with(loop, speech), {"machine": {"memory_cap_bytes": 1}, "cases": []}])
+    assert "| 20 ms | transformers' layers: 100 ms | 5.0 |" in table
+    assert "| 1.5 s | the speech: 10 s | 6.7 |" in table
+    assert "| not measured | FaceFormer's loop | |" in table
+    with pytest.raises(ValueError, match="README.md"):
+        headline.written("a page without marks", [])
+
+
+def test_roofline_plot():
+    ceilings = case("machine 1 thread").record
+    figures = {roofline.COPY: 1e10, roofline.MATRIX: 1e11}
+    ceilings.update(op="machine", bars=[{"what": what, "value": value} for what, value in figures.items()])
+    dot = case("selective_scan forward <1>").record
+    dot.update(op="selective_scan", bytes=100, operations={"float32": 1000, "exp": 7}, seconds={"ours": 1e-6})
+    drawing = roofline.draw(machine_with(ceilings, dot), "a processor")
+    assert "selective_scan forward &lt;1&gt;: 1 Gop/s" in drawing and "10 GB/s, 100 Gop/s" in drawing
+    assert roofline.points([dot])[0][:3] == ("selective_scan", 10.0, 1e9)
+    assert roofline.draw(machine_with(dot), "a processor") is None  # no roof: no plot
+    for op in ("selective_scan_step", "moe_mlp", "training"):
+        assert roofline.family(op) in roofline.FAMILIES
+
+
+def test_the_report_names_what_did_not_run():
+    result = {**machine_with(), "skipped": {"bench_moe.py::test_cuda": "no GPU", "bench_moe.py::test_b": "no GPU"}}
+    assert "- no GPU: `bench_moe.py::test_cuda`, `bench_moe.py::test_b`" in report.measured(result)
 
 
 def test_machine_names():
