@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
 __all__ = ["any_requires_grad", "first_derivative"]
+
+Result = TypeVar("Result")
 
 
 def any_requires_grad(*tensors: object) -> bool:
@@ -19,16 +22,16 @@ def any_requires_grad(*tensors: object) -> bool:
 
 class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, op: str, gradient: Callable, *arguments):
+    def forward(ctx: Any, op: str, gradient: Callable[..., Any], *arguments: Any) -> Any:
         ctx.op = op
         return gradient(*arguments)
 
     @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx: Any, *_: object) -> NoReturn:
         raise RuntimeError(f"{ctx.op}: the native backends have no second derivative; use backend='reference'")
 
 
-def first_derivative(op: str, gradient: Callable[..., tuple[Tensor, ...]], *arguments) -> tuple[Tensor, ...]:
+def first_derivative(op: str, gradient: Callable[..., Result], *arguments: object) -> Result:
     """``gradient(*arguments)``, a native op, as a gradient that cannot be differentiated again.
 
     Under ``create_graph=True`` the result is tied to its arguments, so that a second derivative raises. Detached

@@ -21,6 +21,7 @@ import types
 import warnings
 from collections.abc import Iterable
 from importlib.machinery import ModuleSpec
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,21 @@ __all__ = [
 # ---- mamba_ssm ------------------------------------------------------------------------------------------------------
 
 
+@overload
+def selective_scan_fn(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., z: Tensor | None = ...,
+    delta_bias: Tensor | None = ..., delta_softplus: bool = ..., return_last_state: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def selective_scan_fn(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., z: Tensor | None = ...,
+    delta_bias: Tensor | None = ..., delta_softplus: bool = ..., *, return_last_state: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def selective_scan_fn(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., z: Tensor | None = ...,
+    delta_bias: Tensor | None = ..., delta_softplus: bool = ..., return_last_state: bool = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def selective_scan_fn(
     u: Tensor,
     delta: Tensor,
@@ -81,7 +97,7 @@ def selective_scan_fn(
     try:
         u, delta, z = u.transpose(1, 2), delta.transpose(1, 2), None if z is None else z.transpose(1, 2)
         scan = _scan_one_group if plain else _scan_groups
-        y, last_state = scan(u, delta, A, B.mT, C.mT, D, z, delta_bias, delta_softplus)
+        y, last_state = scan(u, delta, A, B.mT, C.mT, D, z, delta_bias, delta_softplus=delta_softplus)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
         # A plain call is checked by the op, in microseconds; its refusal is put into the words of this signature.
         _check_scan(*arguments)
@@ -90,7 +106,10 @@ def selective_scan_fn(
     return (y, last_state) if return_last_state else y
 
 
-def _scan_groups(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[Tensor, Tensor]:
+def _scan_groups(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, *, delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Channel-last scan in slices of the channels, such that each has one B and one C. -> y, last state
 
     B, C: (batch, length, states), (batch, groups, length, states), or (states, channels) where they are constant.
@@ -99,9 +118,9 @@ def _scan_groups(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[T
     groups = math.lcm(*(matrix.shape[1] if matrix.dim() == 4 and channels else 1 for matrix in (B, C)))
     width = channels // groups
 
-    def in_groups(tensor: Tensor | None, axis: int = -1) -> list[Tensor | None]:
+    def in_groups(tensor: Tensor, axis: int = -1) -> list[Tensor]:
         # split, not slices: the gradient of a slice is a tensor of zeros as large as the whole, for every group.
-        return [tensor] * groups if tensor is None or groups == 1 else list(tensor.split(width, axis))
+        return [tensor] if groups == 1 else list(tensor.split(width, axis))
 
     def matrices(matrix: Tensor) -> list[Tensor]:
         if matrix.dim() == 2:
@@ -111,13 +130,16 @@ def _scan_groups(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[T
         own = matrix.unbind(1)
         return [own[group * len(own) // groups] for group in range(groups)]
 
-    by_channel = [in_groups(tensor) for tensor in (D, z, delta_bias)]
+    by_channel = [[None] * groups if tensor is None else in_groups(tensor) for tensor in (D, z, delta_bias)]
     parts = zip(in_groups(u), in_groups(delta), in_groups(A, 0), matrices(B), matrices(C), *by_channel, strict=True)
-    ys, last_states = zip(*(_scan_one_group(*part, delta_softplus) for part in parts), strict=True)
+    ys, last_states = zip(*(_scan_one_group(*part, delta_softplus=delta_softplus) for part in parts), strict=True)
     return (ys[0], last_states[0]) if groups == 1 else (torch.cat(ys, 2), torch.cat(last_states, 1))
 
 
-def _scan_one_group(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[Tensor, Tensor]:
+def _scan_one_group(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, *, delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Channel-last scan with B and C (batch, length, states), or (channels, states): constant. -> y, last state"""
     if B.dim() == 3 and C.dim() == 3:
         return selective_scan(
@@ -229,7 +251,7 @@ def mamba_inner_fn(
     # Where both are there, B's rows come first; C's are always the last.
     from_x = {"B": projected[..., rank : rank + states], "C": projected[..., projected.shape[-1] - states :]}
     given = {"B": (B, B_proj_bias, b_rms_weight), "C": (C, C_proj_bias, c_rms_weight)}
-    matrices = []
+    matrices: list[Tensor] = []
     for name, (matrix, bias, norm) in given.items():
         if matrix is None:
             matrix = from_x[name] if bias is None else from_x[name] + bias.to(projected.dtype)
@@ -242,8 +264,9 @@ def mamba_inner_fn(
             matrix = _rms_norm(matrix.transpose(-1, -2), norm, b_c_dt_rms_eps).transpose(-1, -2)
         matrices.append(matrix)
     y = selective_scan_fn(
-        u.transpose(1, 2), delta.transpose(1, 2), A, *matrices, D, z.transpose(1, 2), delta_bias, delta_softplus
-    )
+        u.transpose(1, 2), delta.transpose(1, 2), A, matrices[0], matrices[1], D, z.transpose(1, 2), delta_bias,
+        delta_softplus,
+    )  # fmt: skip
     bias = None if out_proj_bias is None else out_proj_bias.to(out_proj_weight.dtype)
     return F.linear(y.transpose(1, 2), out_proj_weight, bias)
 
@@ -290,7 +313,18 @@ def selective_state_update(
         except (RuntimeError, TypeError, ValueError):
             pass  # an axis of one too many, which is allowed, or an error: told apart below
     has_heads = isinstance(state, Tensor) and state.dim() == 4
-    named = {"state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
+    # Tensors; D, z and dt_bias may be None.
+    named: dict[str, Any] = {
+        "state": state,
+        "x": x,
+        "dt": dt,
+        "A": A,
+        "B": B,
+        "C": C,
+        "D": D,
+        "z": z,
+        "dt_bias": dt_bias,
+    }
     named = _with_heads(op, named, one_state_per_row=state_batch_indices is None)
     state, x, dt, A, B, C, D, z, dt_bias = named.values()
     entries, heads, dim, _ = state.shape
@@ -300,7 +334,8 @@ def selective_state_update(
     if state_batch_indices is not None:
         slots = _Slots(op, "state_batch_indices", state_batch_indices, entries, batch, state.device)
         before = state[slots.entries]
-        x, dt, z, B, C = (value if value is None else value[slots.rows] for value in (x, dt, z, B, C))
+        x, dt, B, C = (value[slots.rows] for value in (x, dt, B, C))
+        z = None if z is None else z[slots.rows]
     after = state if slots is None else before.clone()
     # Heads and channels become one axis where the state can be seen that way; else every head goes alone.
     together = max(heads // groups, 1) if after.stride(1) == dim * after.stride(2) else 1
@@ -321,8 +356,10 @@ def selective_state_update(
     return y.unflatten(1, (heads, dim)) if has_heads else y
 
 
-def _with_heads(op: str, named: dict[str, Tensor | None], one_state_per_row: bool) -> dict[str, Tensor | None]:
-    """Check the arguments of selective_state_update, and give those without heads or groups an axis of one for them."""
+def _with_heads(op: str, named: dict[str, Any], one_state_per_row: bool) -> dict[str, Any]:
+    """Check the arguments of selective_state_update, and give those without heads or groups an axis of one for them.
+
+    -> the same tensors by name; D, z and dt_bias may be None."""
     for name, value in named.items():
         without = {"state": 3, "D": 1, "dt_bias": 1}.get(name, 2)  # axes where there are no heads and groups
         if isinstance(value, Tensor) and value.dim() == without:
@@ -356,7 +393,7 @@ class _Slots:
     what is stored there anyway; where no row has one, all store what they found.
     """
 
-    def __init__(self, op: str, name: str, indices: Tensor, entries: int, batch: int, device: torch.device):
+    def __init__(self, op: str, name: str, indices: Tensor, entries: int, batch: int, device: torch.device) -> None:
         _check_integers(op, name, indices, device, batch=batch)
         if batch and not entries:
             raise ValueError(f"{op}: {name}: the state has no entries")
@@ -379,6 +416,24 @@ class _Slots:
 # ---- causal_conv1d --------------------------------------------------------------------------------------------------
 
 
+@overload
+def causal_conv1d_fn(
+    x: Tensor, weight: Tensor, bias: Tensor | None = ..., seq_idx: Tensor | None = ...,
+    initial_states: Tensor | None = ..., return_final_states: Literal[False] = ...,
+    final_states_out: Tensor | None = ..., activation: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def causal_conv1d_fn(
+    x: Tensor, weight: Tensor, bias: Tensor | None = ..., seq_idx: Tensor | None = ...,
+    initial_states: Tensor | None = ..., *, return_final_states: Literal[True],
+    final_states_out: Tensor | None = ..., activation: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def causal_conv1d_fn(
+    x: Tensor, weight: Tensor, bias: Tensor | None = ..., seq_idx: Tensor | None = ...,
+    initial_states: Tensor | None = ..., return_final_states: bool = ...,
+    final_states_out: Tensor | None = ..., activation: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def causal_conv1d_fn(
     x: Tensor,
     weight: Tensor,
@@ -432,7 +487,9 @@ def causal_conv1d_fn(
     return y, final_states
 
 
-def _conv_of_sequences(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor, activation: str | None):
+def _conv_of_sequences(
+    x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor, activation: str | None
+) -> Tensor:
     """The rows of the batch as one packed row, cut wherever ``seq_idx`` changes."""
     batch, dim, length = x.shape
     _check_integers("causal_conv1d_fn", "seq_idx", seq_idx, x.device, batch=batch, length=length)
@@ -551,7 +608,7 @@ def _check_real(op: str, A: object) -> None:
         raise ValueError(f"{op}: A: complex A is not supported (Mamba-1 is real), got {A.dtype}")
 
 
-def _check_A(op: str, A: object, dim: int | None, device: torch.device) -> int:
+def _check_A(op: str, A: Tensor, dim: int | None, device: torch.device) -> int:
     """-> states"""
     _check_real(op, A)
     check_tensor(op, "A", A, ("dim", "states"), (dim, None), device)
@@ -579,7 +636,10 @@ def _check_integers(op: str, name: str, value: object, device: torch.device, **a
         raise ValueError(f"{op}: {name}: expected device {device}, got {value.device}")
 
 
-def _check_scan(u, delta, A, B, C, D, z, delta_bias) -> None:
+def _check_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None,
+) -> None:  # fmt: skip
     op, positions = "selective_scan_fn", ("batch", "dim", "length")
     check_tensor(op, "u", u, positions, (None, None, None), None)
     batch, dim, length = u.shape
@@ -592,7 +652,7 @@ def _check_scan(u, delta, A, B, C, D, z, delta_bias) -> None:
     _check_vectors(op, "dim", dim, u.device, D=D, delta_bias=delta_bias)
 
 
-def _check_conv(op: str, x: object, weight: object, bias: object, initial_states: object) -> None:
+def _check_conv(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, initial_states: Tensor | None) -> None:
     check_tensor(op, "x", x, ("batch", "dim", "length"), (None, None, None), None)
     batch, dim, _ = x.shape
     check_tensor(op, "weight", weight, ("dim", "width"), (dim, None), x.device)

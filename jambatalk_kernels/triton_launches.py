@@ -6,6 +6,7 @@ import functools
 import itertools
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -19,7 +20,7 @@ _TYPES = {
 }  # fmt: skip
 
 
-def recorded_launches(module: ModuleType, label: str, run: Callable[[], object]) -> list[dict]:
+def recorded_launches(module: ModuleType, label: str, run: Callable[[], object]) -> list[dict[str, Any]]:
     """The launches of `module`'s kernels that `run()` makes, on meta tensors, as cases for `triton.compile`.
 
     A case has ``name`` (the kernel's, and `label`), ``kernel``, ``signature`` (":16" where a launch would see a
@@ -27,17 +28,19 @@ def recorded_launches(module: ModuleType, label: str, run: Callable[[], object])
     and ``launches``: for each launch its ``turn`` among those of `run()`, its ``grid``, and ``sizes``, the integers
     among its arguments.
     """
-    cases: list[dict] = []
+    cases: list[dict[str, Any]] = []
     turns = itertools.count()
 
     class Recorder:
-        def __init__(self, kernel):
+        def __init__(self, kernel: Any) -> None:
             self.kernel = kernel
 
-        def __getitem__(self, grid):
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             return functools.partial(self.record, grid)
 
-        def record(self, grid, *arguments, num_warps=4, num_stages=3, **constants):
+        def record(
+            self, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any
+        ) -> None:
             kernel = self.kernel
             named = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
             signature = {name: "constexpr" if name in constants else _kind(named[name]) for name in kernel.arg_names}
@@ -57,13 +60,15 @@ def recorded_launches(module: ModuleType, label: str, run: Callable[[], object])
             sizes = {name: value for name, value in named.items() if type(value) is int}
             same["launches"].append({"turn": next(turns), "grid": list(grid), "sizes": sizes})
 
-    kernels = {name: Recorder(v) for name, v in vars(module).items() if isinstance(v, triton.JITFunction)}
+    kernels: dict[str, Any] = {
+        name: Recorder(v) for name, v in vars(module).items() if isinstance(v, triton.JITFunction)
+    }
     with patch.multiple(module, **kernels), torch.device("meta"):
         run()
     return cases
 
 
-def _kind(value: object) -> str:
+def _kind(value: torch.Tensor | float | None) -> str:
     if isinstance(value, torch.Tensor):
         return _TYPES[value.dtype] + ":16"
     if value is None or value == 1:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-__all__ = ["TritonOp"]
+__all__ = ["Kernels", "TritonOp"]
+
+Kernels = dict[str, Callable[..., Any]]  # backend -> the op that runs it
 
 NAMESPACE = "jambatalk_triton"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -26,18 +29,19 @@ class TritonOp:
         fake: the shape function, called with the op's arguments.
     """
 
-    def __init__(self, schema: str, module: str, function: str, fake: Callable) -> None:
+    def __init__(self, schema: str, module: str, function: str, fake: Callable[..., object]) -> None:
         name = schema[: schema.index("(")]
-        self._module, self._function, self._launcher = module, function, None
+        self._module, self._function = module, function
+        self._launcher: Callable[..., Any] | None = None
         _library.define(schema)
         _library.impl(name, self._launch, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
         self._op = getattr(getattr(torch.ops, NAMESPACE), name).default
 
-    def __call__(self, *arguments):
+    def __call__(self, *arguments: Any) -> Any:
         return self._op(*arguments) if torch.compiler.is_compiling() else self._launch(*arguments)
 
-    def _launch(self, *arguments):
+    def _launch(self, *arguments: Any) -> Any:
         if self._launcher is None:
             self._launcher = getattr(importlib.import_module(self._module), self._function)
         index = next(argument for argument in arguments if argument is not None).get_device()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from jambatalk_kernels.attention import triton as kernels
 from jambatalk_kernels.attention import triton_step
@@ -48,7 +50,9 @@ STEPS = (
 )
 
 
-def _run(dtype, batch, length, heads, kv_heads, head_dim, options) -> None:
+def _run(
+    dtype: torch.dtype, batch: int, length: int, heads: int, kv_heads: int, head_dim: int, options: dict[str, Any]
+) -> None:
     q = torch.empty(batch, length, heads, head_dim, dtype=dtype)
     k, v = (torch.empty(batch, length, kv_heads, head_dim, dtype=dtype) for _ in range(2))
     cos, sin = (torch.empty(length, head_dim // 2) for _ in range(2))
@@ -59,22 +63,25 @@ def _run(dtype, batch, length, heads, kv_heads, head_dim, options) -> None:
         options.get("interleaved", False),
         torch.empty(5, dtype=torch.int32) if options.get("packed") else None,
     )
-    cache = (None, None, None)
+    cache: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
     if "capacity" in options:
-        slots = (torch.empty(batch, options["capacity"], kv_heads, head_dim, dtype=dtype) for _ in range(2))
-        cache = (*slots, torch.empty(batch, dtype=torch.int64))
-        kernels.attention_append(k, v, cos, sin, *cache, masks[3])
+        cache_k, cache_v = (torch.empty(batch, options["capacity"], kv_heads, head_dim, dtype=dtype) for _ in range(2))
+        position = torch.empty(batch, dtype=torch.int64)
+        cache = (cache_k, cache_v, position)
+        kernels.attention_append(k, v, cos, sin, cache_k, cache_v, position, masks[3])
     y, softmax = kernels.attention_forward(q, k, v, cos, sin, *masks, *cache, True)
     kernels.attention_backward(y, q, k, v, cos, sin, y, softmax, *masks, *cache)
 
 
-def _run_step(dtype, batch, heads, kv_heads, head_dim, capacity, window) -> None:
+def _run_step(
+    dtype: torch.dtype, batch: int, heads: int, kv_heads: int, head_dim: int, capacity: int, window: int | None
+) -> None:
     q = torch.empty(batch, heads, head_dim, dtype=dtype)
     k, v = (torch.empty(batch, kv_heads, head_dim, dtype=dtype) for _ in range(2))
     cos, sin = (torch.empty(batch, head_dim // 2) for _ in range(2))
-    cache = (torch.empty(batch, capacity, kv_heads, head_dim, dtype=dtype) for _ in range(2))
+    cache_k, cache_v = (torch.empty(batch, capacity, kv_heads, head_dim, dtype=dtype) for _ in range(2))
     position = torch.empty(batch, dtype=torch.int64)
-    triton_step.attention_step(q, k, v, cos, sin, *cache, position, window, 0.1, False)
+    triton_step.attention_step(q, k, v, cos, sin, cache_k, cache_v, position, window, 0.1, False)
 
 
 def ahead_of_time_cases(capability: int) -> list[dict]:

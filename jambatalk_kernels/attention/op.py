@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from jambatalk_kernels.attention import reference
-from jambatalk_kernels.attention.reference import KVCache, rotary_table  # noqa: F401  (public here)
+from jambatalk_kernels.attention.reference import KVCache, rotary_table
 from jambatalk_kernels.autograd import any_requires_grad, first_derivative
 from jambatalk_kernels.backends import Reason, candidates, choose, native_library, without_step_gradients
 from jambatalk_kernels.checks import FLOATS, check_cu_seqlens, check_flag, values_are_checked
-from jambatalk_kernels.triton_ops import TritonOp
+from jambatalk_kernels.triton_ops import Kernels, TritonOp
+
+__all__ = ["KVCache", "rope_attention", "rope_attention_step", "rotary_table"]
 
 MAX_TRITON_HEAD_DIM = 256
 
@@ -70,7 +72,7 @@ def rope_attention(
     # A call must cost microseconds: the native op tests its arguments itself, and only when it refuses them is the
     # reason put into words here. What it cannot see is checked first: tracing runs no kernel, and values are optional.
     if chosen != "cpu" or cu_seqlens is not None or torch.compiler.is_compiling():
-        _check_attention(*tensors, *masks)
+        _check_attention(q, k, v, cos, sin, *masks)
     if chosen == "reference":
         return reference.rope_attention(*tensors, causal, window, _scale(scale, q), interleaved, cu_seqlens, cache)
     try:
@@ -85,7 +87,7 @@ def rope_attention(
                 _APPEND[chosen](k, v, cos, sin, *earlier, interleaved)
                 cache.position += q.shape[1]
     except (RuntimeError, TypeError, AttributeError, IndexError):
-        _check_attention(*tensors, *masks)
+        _check_attention(q, k, v, cos, sin, *masks)
         raise
     if chosen == "cpu" and cache is not None and not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version((cache.k, cache.v))  # so that autograd sees what was overwritten
@@ -158,7 +160,10 @@ def _scale(scale: float | None, q: Tensor) -> float:
     return float(scale)
 
 
-def _check_attention(q, k, v, cos, sin, causal, window, scale, interleaved, cu_seqlens, cache) -> None:
+def _check_attention(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, causal: bool, window: int | None, scale: float | None,
+    interleaved: bool, cu_seqlens: Tensor | None, cache: KVCache | None,
+) -> None:  # fmt: skip
     _check_qkv(q, k, v, 4, "(batch, length, heads, head_dim)", "(batch, length, kv_heads, head_dim)")
     batch, length, _, head_dim = q.shape
     kv_heads = k.shape[2]
@@ -185,7 +190,9 @@ def _check_attention(q, k, v, cos, sin, causal, window, scale, interleaved, cu_s
         _check_cache(cache, q, kv_heads, length, window)
 
 
-def _check_attention_step(q, k, v, cos, sin, cache, window, scale) -> None:
+def _check_attention_step(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, window: int | None, scale: float | None
+) -> None:
     _check_qkv(q, k, v, 3, "(batch, heads, head_dim)", "(batch, kv_heads, head_dim)")
     batch, _, head_dim = q.shape
     kv_heads = k.shape[1]
@@ -273,8 +280,8 @@ class _RopeAttention(torch.autograd.Function):
         ctx.how, ctx.backend = (causal, window, scale, interleaved), backend
         cache = (ck, cv, position)
         y, logsumexp = _FORWARD[backend](q, k, v, cos, sin, *ctx.how, cu_seqlens, *cache, True)
-        cache = (None if tensor is None else tensor.clone() for tensor in cache)
-        ctx.save_for_backward(q, k, v, cos, sin, y, logsumexp, cu_seqlens, *cache)
+        copies = (None if tensor is None else tensor.clone() for tensor in cache)
+        ctx.save_for_backward(q, k, v, cos, sin, y, logsumexp, cu_seqlens, *copies)
         return y
 
     @staticmethod
@@ -326,10 +333,10 @@ SCHEMAS = (
 _MODULE = "jambatalk_kernels.attention.triton"
 
 # Backend -> the op that runs it.
-_FORWARD = {"triton": TritonOp(SCHEMAS[0], _MODULE, "attention_forward", _fake_triton_attention)}
-_BACKWARD = {"triton": TritonOp(SCHEMAS[1], _MODULE, "attention_backward", _fake_attention_backward)}
-_APPEND = {"triton": TritonOp(SCHEMAS[2], _MODULE, "attention_append", _fake_attention_append)}
-_STEP = {"triton": TritonOp(SCHEMAS[3], f"{_MODULE}_step", "attention_step", _fake_attention_step)}
+_FORWARD: Kernels = {"triton": TritonOp(SCHEMAS[0], _MODULE, "attention_forward", _fake_triton_attention)}
+_BACKWARD: Kernels = {"triton": TritonOp(SCHEMAS[1], _MODULE, "attention_backward", _fake_attention_backward)}
+_APPEND: Kernels = {"triton": TritonOp(SCHEMAS[2], _MODULE, "attention_append", _fake_attention_append)}
+_STEP: Kernels = {"triton": TritonOp(SCHEMAS[3], f"{_MODULE}_step", "attention_step", _fake_attention_step)}
 if native_library()[0]:
     torch.library.register_fake("jambatalk::rope_attention", _fake_attention)
     torch.library.register_fake("jambatalk::rope_attention_backward", _fake_attention_backward)

@@ -197,7 +197,7 @@ def rope_attention(
         cache.append(k, v)
     y = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
     if sequence is not None:  # before the first sequence and after the last nothing is seen
-        inside = (sequence > 0) & (sequence < len(cu_seqlens))
+        inside = (sequence > 0) & (sequence < len(bounds))
         y = torch.where(inside[:, None, None], y, y.new_zeros(()))
     return y
 

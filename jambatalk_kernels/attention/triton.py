@@ -740,9 +740,13 @@ def _cache_strides(cache: tuple[Tensor, Tensor, Tensor] | None) -> tuple[int, ..
     return (0,) * 9 if cache is None else (*cache[0].stride(), *cache[1].stride(), cache[2].stride(0))
 
 
-def _cached(cache_k: Tensor | None, cache_v: Tensor | None, position: Tensor | None, like: Tensor):
+def _cached(
+    cache_k: Tensor | None, cache_v: Tensor | None, position: Tensor | None, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """The cache in the dtype of the keys (a copy, where it has another), or None."""
-    return None if cache_k is None else (cache_k.to(like.dtype), cache_v.to(like.dtype), position)
+    if cache_k is None or cache_v is None or position is None:  # all three, or none of them
+        return None
+    return cache_k.to(like.dtype), cache_v.to(like.dtype), position
 
 
 def attention_forward(
@@ -776,7 +780,7 @@ def attention_forward(
     group, groups = heads // kv_heads, batch * kv_heads
     cos, sin = _per_head(cos, batch, kv_heads), _per_head(sin, batch, kv_heads)
     cache = _cached(cache_k, cache_v, position, k)
-    capacity = 0 if cache is None else cache_k.shape[1]
+    capacity = 0 if cache is None else cache[0].shape[1]
     device = device_of(q.get_device())
     plan = heuristics.forward_plan(length, capacity, group, groups, head_dim, q.element_size(), device)
     if not plan.rotate_on_load:
@@ -859,10 +863,11 @@ def attention_backward(
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     if q.numel() == 0:
-        return tuple(t.new_zeros(t.shape) for t in (q, k, v, cos, sin))
+        grad_q, grad_k, grad_v, grad_cos, grad_sin = (t.new_zeros(t.shape) for t in (q, k, v, cos, sin))
+        return grad_q, grad_k, grad_v, grad_cos, grad_sin
     group, groups = heads // kv_heads, batch * kv_heads
     cache = _cached(cache_k, cache_v, position, k)
-    capacity = 0 if cache is None else cache_k.shape[1]
+    capacity = 0 if cache is None else cache[0].shape[1]
     device = device_of(q.get_device())
     plan = heuristics.backward_plan(length, capacity, group, groups, head_dim, q.element_size(), device)
     tables = _per_head(cos, batch, kv_heads), _per_head(sin, batch, kv_heads)

@@ -192,6 +192,6 @@ def attention_step(
     if plan.splits > 1:
         _combine_kernel[(batch * heads,)](
             parts, maxima, sums, y, head_dim,
-            SPLITS=plan.splits, BLOCK_S=heuristics.next_power_of_2(plan.splits), BLOCK_D=block_d, num_warps=4,
+            SPLITS=plan.splits, BLOCK_S=next_power_of_2(plan.splits), BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
     return y

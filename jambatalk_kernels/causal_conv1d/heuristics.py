@@ -74,7 +74,7 @@ def backward_tile(
         least = 1
         while least * ROWS <= history:
             least *= 2
-        steps = [s * least for s in (16, 8, 4, 2, 1)]
+        steps = tuple(s * least for s in (16, 8, 4, 2, 1))
         shapes = _channels_fastest_shapes(channels, (5 if edges else 4) * width + 2, itemsize, steps=steps)
     return _first_with_enough_programs(shapes, history, batch, length, channels, time_fastest, multiprocessors)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from jambatalk_kernels.autograd import any_requires_grad, first_derivative
 from jambatalk_kernels.backends import candidates, choose, native_library, without_step_gradients
 from jambatalk_kernels.causal_conv1d.reference import conv_reference, conv_step_reference
 from jambatalk_kernels.checks import check_cu_seqlens, check_tensor
-from jambatalk_kernels.triton_ops import TritonOp
+from jambatalk_kernels.triton_ops import Kernels, TritonOp
 
 __all__ = ["causal_conv1d", "causal_conv1d_step"]
 
@@ -21,6 +22,24 @@ MAX_WIDTH = 16
 _ACTIVATIONS = {None: False, "silu": True, "swish": True}
 
 
+@overload
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = ..., *, activation: str | None = ...,
+    initial_state: Tensor | None = ..., return_final_state: Literal[False] = ..., cu_seqlens: Tensor | None = ...,
+    backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = ..., *, activation: str | None = ...,
+    initial_state: Tensor | None = ..., return_final_state: Literal[True], cu_seqlens: Tensor | None = ...,
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = ..., *, activation: str | None = ...,
+    initial_state: Tensor | None = ..., return_final_state: bool, cu_seqlens: Tensor | None = ...,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -128,7 +147,7 @@ def _check_activation(op: str, activation: object) -> bool:
     return _ACTIVATIONS[activation]
 
 
-def _check_step(state, x, weight, bias) -> None:
+def _check_step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     op = "causal_conv1d_step"
     check_tensor(op, "x", x, ("batch", "channels"), (None, None), None)
     batch, channels = x.shape
@@ -136,7 +155,7 @@ def _check_step(state, x, weight, bias) -> None:
     check_tensor(op, "state", state, ("batch", "width - 1", "channels"), (batch, width - 1, channels), x.device)
 
 
-def _check_parameters(op: str, weight: object, bias: object, channels: int, device: torch.device) -> int:
+def _check_parameters(op: str, weight: Tensor, bias: Tensor | None, channels: int, device: torch.device) -> int:
     """Check the tensors that have no batch; -> width."""
     check_tensor(op, "weight", weight, ("channels", "width"), (channels, None), device)
     width = weight.shape[1]
@@ -147,7 +166,9 @@ def _check_parameters(op: str, weight: object, bias: object, channels: int, devi
     return width
 
 
-def _check_conv(x, weight, bias, initial_state, cu_seqlens) -> None:
+def _check_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
     op = "causal_conv1d"
     check_tensor(op, "x", x, ("batch", "length", "channels"), (None, None, None), None)
     batch, length, channels = x.shape
@@ -227,9 +248,11 @@ SCHEMAS = (
 _MODULE = "jambatalk_kernels.causal_conv1d.triton"
 
 # Backend -> the op that runs it. ``cpu`` and ``cuda`` are one native op, which its tensors' device tells apart.
-_FORWARD = {"triton": TritonOp(SCHEMAS[0], _MODULE, "conv_forward", partial(_fake_conv, torch.empty_like))}
-_BACKWARD = {"triton": TritonOp(SCHEMAS[1], _MODULE, "conv_backward", partial(_fake_conv_backward, torch.empty_like))}
-_STEP = {"triton": TritonOp(SCHEMAS[2], _MODULE, "conv_step", _fake_conv_step)}
+_FORWARD: Kernels = {"triton": TritonOp(SCHEMAS[0], _MODULE, "conv_forward", partial(_fake_conv, torch.empty_like))}
+_BACKWARD: Kernels = {
+    "triton": TritonOp(SCHEMAS[1], _MODULE, "conv_backward", partial(_fake_conv_backward, torch.empty_like))
+}
+_STEP: Kernels = {"triton": TritonOp(SCHEMAS[2], _MODULE, "conv_step", _fake_conv_step)}
 if native_library()[0]:
     torch.library.register_fake("jambatalk::causal_conv1d", partial(_fake_conv, _contiguous_like))
     torch.library.register_fake("jambatalk::causal_conv1d_backward", partial(_fake_conv_backward, _contiguous_like))

@@ -38,7 +38,7 @@ def conv_reference(
     taps = torch.arange(width, device=x.device) - (width - 1)  # positions relative to t: -width+1 .. 0
     if cu_seqlens is None:
         rows = torch.cat([initial_state, x], 1)  # (batch, width - 1 + length, channels)
-        y = sum(weight[:, k] * rows[:, k : k + length] for k in range(width))
+        y = sum((weight[:, k] * rows[:, k : k + length] for k in range(width)), start=x.new_zeros(()))
         final_state = rows[:, length:]
     else:
         bounds = cu_seqlens.long().clamp(0, length).cummax(0).values

@@ -10,7 +10,7 @@ from jambatalk_kernels.backends import Reason, candidates, choose, native_librar
 from jambatalk_kernels.checks import check_flag, check_tensor
 from jambatalk_kernels.moe import reference
 from jambatalk_kernels.moe.reference import Routing
-from jambatalk_kernels.triton_ops import TritonOp
+from jambatalk_kernels.triton_ops import Kernels, TritonOp
 
 __all__ = ["Routing", "load_balancing_loss", "moe_mlp", "moe_route"]
 
@@ -136,7 +136,7 @@ def _options(op: str, like: Tensor, experts: int, top_k: int) -> Mapping[str, Re
     return options
 
 
-def _check_mlp(x, routing, w_in, w_out, activation) -> None:
+def _check_mlp(x: Tensor, routing: Routing, w_in: Tensor, w_out: Tensor, activation: str) -> None:
     op = "moe_mlp"
     check_tensor(op, "x", x, ("tokens", "d"), (None, None), None)
     tokens, d = x.shape
@@ -256,10 +256,10 @@ SCHEMAS = (
 )
 _ROUTER, _PRODUCTS = "jambatalk_kernels.moe.triton_route", "jambatalk_kernels.moe.triton_mlp"
 
-_ROUTE = {"triton": TritonOp(SCHEMAS[0], _ROUTER, "route_forward", _fake_route)}
-_ROUTE_BACKWARD = {"triton": TritonOp(SCHEMAS[1], _ROUTER, "route_backward", _fake_route_backward)}
-_MLP = {"triton": TritonOp(SCHEMAS[2], _PRODUCTS, "mlp_forward", _fake_mlp)}
-_MLP_BACKWARD = {"triton": TritonOp(SCHEMAS[3], _PRODUCTS, "mlp_backward", _fake_mlp_backward)}
+_ROUTE: Kernels = {"triton": TritonOp(SCHEMAS[0], _ROUTER, "route_forward", _fake_route)}
+_ROUTE_BACKWARD: Kernels = {"triton": TritonOp(SCHEMAS[1], _ROUTER, "route_backward", _fake_route_backward)}
+_MLP: Kernels = {"triton": TritonOp(SCHEMAS[2], _PRODUCTS, "mlp_forward", _fake_mlp)}
+_MLP_BACKWARD: Kernels = {"triton": TritonOp(SCHEMAS[3], _PRODUCTS, "mlp_backward", _fake_mlp_backward)}
 if native_library()[0]:
     torch.library.register_fake("jambatalk::moe_route", _fake_route)
     torch.library.register_fake("jambatalk::moe_route_backward", _fake_route_backward)

@@ -9,7 +9,7 @@ as Eq. 4-5 of JambaTalk and as Jamba does: the chosen probabilities are not reno
 capacity, no token is dropped, nothing is random.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -61,7 +61,8 @@ def activate(hidden: Tensor, activation: str) -> Tensor:
     if activation == "swiglu":
         gate, up = hidden.chunk(2, dim=-1)
         return silu(gate) * up
-    return {"gelu": gelu, "relu": relu}[activation](hidden)
+    plain: dict[str, Callable[[Tensor], Tensor]] = {"gelu": gelu, "relu": relu}
+    return plain[activation](hidden)
 
 
 def moe_mlp_dense(x: Tensor, routing: Routing, w_in: Tensor, w_out: Tensor, activation: str = "swiglu") -> Tensor:

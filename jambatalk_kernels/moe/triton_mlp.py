@@ -559,17 +559,17 @@ def mlp_forward(
     if assignments <= heuristics.MATRIX_VECTOR_ASSIGNMENTS:
         y = x.new_empty(tokens, width)
         activated = x.new_empty(assignments, hidden, dtype=torch.float32)
-        plan = heuristics.vector_plan(hidden, features, operands)
-        _first_vector_kernel[(triton.cdiv(hidden, plan.block_n), assignments)](
+        first = heuristics.vector_plan(hidden, features, operands)
+        _first_vector_kernel[(triton.cdiv(hidden, first.block_n), assignments)](
             x, weights, experts, order, offsets, w_in, activated, preactivation,
             assignments, num_experts, features, hidden, *x.stride(), *w_in.stride(),
             TOP_K=top_k, ACTIVATION=activation, SAVE=save,
-            BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, num_warps=plan.num_warps,
+            BLOCK_N=first.block_n, BLOCK_K=first.block_k, num_warps=first.num_warps,
         )  # fmt: skip
-        plan = heuristics.vector_plan(width, hidden)
-        _second_vector_kernel[(triton.cdiv(width, plan.block_n), tokens)](
+        second = heuristics.vector_plan(width, hidden)
+        _second_vector_kernel[(triton.cdiv(width, second.block_n), tokens)](
             activated, experts, w_out, y, num_experts, hidden, width, *w_out.stride(),
-            TOP_K=top_k, BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, num_warps=plan.num_warps,
+            TOP_K=top_k, BLOCK_N=second.block_n, BLOCK_K=second.block_k, num_warps=second.num_warps,
         )  # fmt: skip
         return y, preactivation
     plan = heuristics.product_plan(
@@ -639,7 +639,8 @@ def mlp_backward(
     _check(x, weights, num_experts)
     assignments = tokens * top_k
     if 0 in (tokens, features, width, hidden):
-        return tuple(t.new_zeros(t.shape) for t in (x, weights, w_in, w_out))
+        dx, dweights, dw_in, dw_out = (t.new_zeros(t.shape) for t in (x, weights, w_in, w_out))
+        return dx, dweights, dw_in, dw_out
     weights = weights.contiguous()
     plan = heuristics.product_plan(
         triton.cdiv(assignments, num_experts), hidden, width, num_experts, x.element_size(),

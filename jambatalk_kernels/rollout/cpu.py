@@ -1,6 +1,7 @@
 """The native rollout: the state's copy, the threads' arrangement, and slices short enough to be interrupted."""
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -33,8 +34,9 @@ def first_slice(batch: int, frame_bytes: int) -> int:
 
 
 def rollout(
-    op, program: Program, inputs: Tensor, state: RolloutState | None, lengths: Tensor | None, weights_dtype
-) -> tuple[Tensor, RolloutState]:
+    op: Callable[..., None], program: Program, inputs: Tensor, state: RolloutState | None, lengths: Tensor | None,
+    weights_dtype: torch.dtype | None,
+) -> tuple[Tensor, RolloutState]:  # fmt: skip
     """``op``: torch.ops.jambatalk.rollout. The rest as `reference.rollout`, with the matrices rounded to
     ``weights_dtype``; stored in it where that is bfloat16."""
     batch, frames, width = inputs.shape

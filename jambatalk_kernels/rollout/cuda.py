@@ -1,10 +1,12 @@
 """The rollout as a persistent CUDA kernel (csrc/cuda/rollout.cu): the state's copy, how many blocks work on a sequence,
 and slices short enough to be interrupted."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from jambatalk_kernels.rollout.packing import pack
+from jambatalk_kernels.rollout.packing import Packed, pack
 from jambatalk_kernels.rollout.program import MambaMixer, MoEMLP, Program, RolloutState
 
 SMALL_WIDTH = 128  # up to here a block that works alone is faster than a team that must meet 42 times a frame
@@ -35,8 +37,9 @@ def blocks_per_sequence(batch: int, width: int, multiprocessors: int) -> int:
 
 
 def rollout(
-    op, program: Program, inputs: Tensor, state: RolloutState | None, lengths: Tensor | None, weights_dtype
-) -> tuple[Tensor, RolloutState]:
+    op: Callable[..., None], program: Program, inputs: Tensor, state: RolloutState | None, lengths: Tensor | None,
+    weights_dtype: torch.dtype | None,
+) -> tuple[Tensor, RolloutState]:  # fmt: skip
     """``op``: torch.ops.jambatalk.rollout. As `reference.rollout`, with the matrices rounded to ``weights_dtype``;
     stored in it where that is bfloat16. Waits for the device at the end of every slice."""
     multiprocessors = torch.cuda.get_device_properties(inputs.device).multi_processor_count
@@ -45,8 +48,9 @@ def rollout(
 
 
 def run(
-    op, packed, program: Program, inputs: Tensor, state: RolloutState | None, lengths: Tensor | None, blocks: int
-) -> tuple[Tensor, RolloutState]:
+    op: Callable[..., None], packed: Packed, program: Program, inputs: Tensor, state: RolloutState | None,
+    lengths: Tensor | None, blocks: int,
+) -> tuple[Tensor, RolloutState]:  # fmt: skip
     batch, frames, width = inputs.shape
     if state is None:
         state = RolloutState.empty(

@@ -22,7 +22,9 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,7 +32,10 @@ from torch import Tensor
 from jambatalk_kernels.attention.reference import KVCache
 from jambatalk_kernels.moe.heuristics import MATRIX_VECTOR_ASSIGNMENTS
 from jambatalk_kernels.rollout import reference
-from jambatalk_kernels.rollout.program import AttentionMixer, Layer, MoEMLP, Program, RolloutState, tensors_of
+from jambatalk_kernels.rollout.program import AttentionMixer, Layer, MoEMLP, Program, RolloutState, Sublayer, tensors_of
+
+if TYPE_CHECKING:
+    from torch.cuda import _POOL_HANDLE
 
 __all__ = ["MATRIX_VECTOR_ROWS", "rollout"]
 
@@ -43,8 +48,9 @@ ALIGNMENT = 64  # bytes, of every part of a sequence's state
 
 
 def rollout(
-    program: Program, inputs: Tensor, state: RolloutState | None, lengths: Tensor | None, weights_dtype
-) -> tuple[Tensor, RolloutState]:
+    program: Program, inputs: Tensor, state: RolloutState | None, lengths: Tensor | None,
+    weights_dtype: torch.dtype | None,
+) -> tuple[Tensor, RolloutState]:  # fmt: skip
     """As `reference.rollout`, with the matrices rounded to ``weights_dtype``."""
     batch, frames, width = inputs.shape
     if batch == 0 or frames == 0:
@@ -66,6 +72,7 @@ def cache_capacities(program: Program, state: RolloutState | None, frames: int) 
     for index, layer in enumerate(program.layers):
         if isinstance(layer.mixer, AttentionMixer):
             cache = None if state is None else state.mixers[index]
+            assert cache is None or isinstance(cache, KVCache)  # `op.rollout` checks that the state fits the program
             if layer.mixer.window is not None:
                 capacities.append(layer.mixer.window if cache is None else cache.capacity)
             else:
@@ -99,7 +106,7 @@ def loop_for(
 class CudaGraph:
     """`run` once for the compilers and libraries, once more recorded; `replay` as often as wanted."""
 
-    def __init__(self, run: Callable[[], None], pool: object | None = None) -> None:
+    def __init__(self, run: Callable[[], None], pool: _POOL_HANDLE | None = None) -> None:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -115,7 +122,7 @@ class CudaGraph:
 class NoGraph:
     """Where there is no GPU, and the kernels run in Triton's interpreter."""
 
-    def __init__(self, run: Callable[[], None], pool: object | None = None) -> None:
+    def __init__(self, run: Callable[[], None], pool: _POOL_HANDLE | None = None) -> None:
         self.pool, self.replay = pool, run
 
 
@@ -124,10 +131,10 @@ class Loop:
 
     def __init__(
         self, program: Program, like: Tensor, capacities: tuple[int, ...], weights_dtype: torch.dtype | None,
-        ragged: bool, kernels: ModuleType, graph: Callable,
+        ragged: bool, kernels: ModuleType, graph: type[CudaGraph] | type[NoGraph],
     ) -> None:  # fmt: skip
         batch, _, width = like.shape
-        self.ragged, self.kernels, self.make_graph = ragged, kernels, graph
+        self.kernels, self.make_graph = kernels, graph
         self.lock = threading.Lock()  # one call at a time ...
         self.free = torch.cuda.Event() if like.is_cuda else None  # ... on the device too, whatever its stream
         self.program, self.copies = stored(program, weights_dtype, batch)
@@ -151,20 +158,27 @@ class Loop:
     # ---- one frame: the same launches whatever its number
 
     def run_frame(self) -> None:
-        tables = {key: table.index_select(0, self.frame)[0].unbind() for key, table in self.tables.items()}
+        tables: reference.Tables = {}
+        for key, table in self.tables.items():
+            cos, sin = table.index_select(0, self.frame)[0].unbind()
+            tables[key] = cos, sin
         x = self.inputs.index_select(0, self.frame)[0]
         hidden = reference.step(self.program, x, self.state, tables, self.kernels.TRITON)
         self.hidden.index_copy_(0, self.frame, hidden[None])
-        if self.ragged:
+        if self.kept is not None:
             self.kernels.keep_ended(self.storage, self.kept, self.lengths, self.frame)
         self.frame += 1
+
+    def run_frames(self, count: int) -> None:
+        for _ in range(count):
+            self.run_frame()
 
     def capture(self) -> None:
         """Leaves numbers in the state and the frame; done before a call puts its own there."""
         pool = None
         for count in BUNDLES:
             self.frame.zero_()
-            self.graphs[count] = self.make_graph(lambda count=count: [self.run_frame() for _ in range(count)], pool)
+            self.graphs[count] = self.make_graph(partial(self.run_frames, count), pool)
             pool = self.graphs[count].pool
 
     # ---- one call
@@ -199,7 +213,7 @@ class Loop:
             for mine, theirs in zip(self.state.tensors(), state.tensors(), strict=True):
                 # A cache without a window may have room for more positions here.
                 (mine[:, : theirs.shape[1]] if mine.dim() == 4 else mine).copy_(theirs)
-        if self.ragged:
+        if self.kept is not None:
             self.kept.copy_(self.storage)
 
     def frames(self, inputs: Tensor, lengths: Tensor | None) -> Tensor:
@@ -228,7 +242,7 @@ class Loop:
 
     def unload(self, lengths: Tensor | None, frames: int) -> RolloutState:
         state = self.state
-        if lengths is not None:
+        if lengths is not None and self.kept is not None:  # both or neither
             ended = (lengths < frames)[:, None]
             state = views(torch.where(ended, self.kept, self.storage), self.template)
         return state.map(lambda tensor: tensor.clone(memory_format=torch.contiguous_format))
@@ -289,9 +303,10 @@ def stored(
 
     few = batch <= MATRIX_VECTOR_ROWS
 
-    def copies_of(record):
+    def copies_of(record: Sublayer) -> Sublayer:
         small = batch * record.top_k <= MATRIX_VECTOR_ASSIGNMENTS if isinstance(record, MoEMLP) else few
-        return replace(record, **{name: copy(getattr(record, name), small) for name in record.MATRICES})
+        changed: dict[str, Any] = {name: copy(getattr(record, name), small) for name in record.MATRICES}
+        return replace(record, **changed)
 
     layers = tuple(Layer(copies_of(layer.mixer), copies_of(layer.mlp)) for layer in program.layers)
     feedback = None if program.feedback is None else copy(program.feedback, few)

@@ -135,15 +135,23 @@ def _other_dtype(inputs: Tensor, state: RolloutState | None) -> str | None:
     dtype, wide = inputs.dtype, torch.promote_types(inputs.dtype, torch.float32)
     pairs = [(state.feedback, dtype)]
     for mixer in state.mixers:
-        mamba = isinstance(mixer, MambaState)
-        pairs += [(mixer.conv, dtype), (mixer.scan, wide)] if mamba else [(mixer.k, dtype), (mixer.v, dtype)]
+        if isinstance(mixer, MambaState):
+            pairs += [(mixer.conv, dtype), (mixer.scan, wide)]
+        else:
+            pairs += [(mixer.k, dtype), (mixer.v, dtype)]
     for tensor, expected in pairs:
         if tensor.dtype != expected:
             return f"the state holds {tensor.dtype} and the inputs are {inputs.dtype}"
     return None
 
 
-def _check(program, inputs, state, lengths, weights_dtype) -> None:
+def _check(
+    program: Program,
+    inputs: Tensor,
+    state: RolloutState | None,
+    lengths: Tensor | None,
+    weights_dtype: torch.dtype | None,
+) -> None:
     if not isinstance(program, Program):
         raise TypeError(f"program must be a Program, got {type(program).__name__}")
     if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
@@ -179,14 +187,15 @@ def _check_state(program: Program, inputs: Tensor, state: RolloutState) -> None:
     expected = {"feedback": (state.feedback, (batch, program.width)), "position": (state.position, (batch,))}
     for index, (layer, mine) in enumerate(zip(program.layers, state.mixers, strict=True)):
         mixer, name = layer.mixer, f"mixers[{index}]"
-        kind = MambaState if isinstance(mixer, MambaMixer) else KVCache
-        if not isinstance(mine, kind):
-            raise TypeError(f"state.{name} must be a {kind.__name__}, got {type(mine).__name__}")
         if isinstance(mixer, MambaMixer):
+            if not isinstance(mine, MambaState):
+                raise TypeError(f"state.{name} must be a MambaState, got {type(mine).__name__}")
             inner, taps = mixer.conv_weight.shape
             expected[f"{name}.conv"] = (mine.conv, (batch, taps - 1, inner))
             expected[f"{name}.scan"] = (mine.scan, (batch, inner, mixer.A.shape[1]))
         else:
+            if not isinstance(mine, KVCache):
+                raise TypeError(f"state.{name} must be a KVCache, got {type(mine).__name__}")
             capacity = mine.k.shape[1] if mine.k.dim() > 1 else 0
             if capacity < (mixer.window or 1):
                 raise ValueError(f"state.{name} must have room for {mixer.window or 1} positions, got {capacity}")
@@ -203,7 +212,7 @@ def _check_state(program: Program, inputs: Tensor, state: RolloutState) -> None:
             raise TypeError(f"state.{name} must be int64, got {tensor.dtype}")
 
 
-def _fake_rollout(plan, storage, inputs, lengths, hidden, state, begin, end, eps, group, workers) -> None:
+def _fake_rollout(plan, storage, inputs, lengths, hidden, state, begin, end, eps, group, workers):
     """Changes hidden and state in place."""
 
 

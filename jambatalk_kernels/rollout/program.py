@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -99,9 +100,10 @@ class Program:
     def map(self, function: Callable[[Tensor], Tensor]) -> "Program":
         """A program with `function` applied to every tensor."""
 
-        def mapped(record):
+        def mapped(record: Record) -> Record:
             values = {field.name: getattr(record, field.name) for field in fields(record)}
-            return replace(record, **{n: function(v) for n, v in values.items() if isinstance(v, Tensor)})
+            changed: dict[str, Any] = {n: function(v) for n, v in values.items() if isinstance(v, Tensor)}
+            return replace(record, **changed)
 
         layers = tuple(Layer(mapped(layer.mixer), mapped(layer.mlp)) for layer in self.layers)
         return replace(mapped(self), layers=layers)
@@ -111,7 +113,7 @@ class Program:
         if dtype is None:
             return self
 
-        def round_matrices(record):
+        def round_matrices(record: Sublayer) -> Sublayer:
             return replace(
                 record,
                 **{name: getattr(record, name).to(dtype).to(getattr(record, name).dtype) for name in record.MATRICES},
@@ -120,6 +122,10 @@ class Program:
         layers = tuple(Layer(round_matrices(layer.mixer), round_matrices(layer.mlp)) for layer in self.layers)
         feedback = None if self.feedback is None else self.feedback.to(dtype).to(self.feedback.dtype)
         return replace(self, layers=layers, feedback=feedback)
+
+
+Record = TypeVar("Record", bound=MambaMixer | AttentionMixer | DenseMLP | MoEMLP | Program)
+Sublayer = TypeVar("Sublayer", bound=MambaMixer | AttentionMixer | DenseMLP | MoEMLP)
 
 
 def tensors_of(program: Program) -> list[Tensor]:
@@ -219,7 +225,8 @@ class RolloutState:
         half, so that a stream of short calls does not meet a full one each time."""
         mixers: list[MambaState | KVCache] = []
         for index, (layer, mixer) in enumerate(zip(layers, self.mixers, strict=True)):
-            if isinstance(mixer, KVCache) and layer.mixer.window is None and self.batch:
+            grows = isinstance(layer.mixer, AttentionMixer) and layer.mixer.window is None
+            if isinstance(mixer, KVCache) and grows and self.batch:
                 seen = int(mixer.position.max())
                 if seen > mixer.capacity:
                     raise ValueError(
@@ -245,7 +252,8 @@ class RolloutState:
     def from_tensors(tensors: Mapping[str, Tensor]) -> "RolloutState":
         """What `to_tensors` gave, as a state again. Raises ValueError, one line, for tensors that are no state; whether
         it fits a program is `rollout`'s to check."""
-        left, mixers = dict(tensors), []
+        left = dict(tensors)
+        mixers: list[MambaState | KVCache] = []
         batch = left["position"].shape[0] if "position" in left and left["position"].dim() == 1 else None
 
         def take(name: str) -> Tensor:

@@ -31,6 +31,9 @@ from jambatalk_kernels.selective_scan.op import selective_scan_step
 SMALL_MATRIX = 1 << 18
 TABLE_FRAMES = 256  # frames of rotary angles computed at a time, so that memory does not grow with the clip
 
+# (head_dim, base) -> cos and sin of an attention layer
+Tables = dict[tuple[int, float | None], tuple[Tensor, Tensor]]
+
 
 def rollout(
     program: Program, inputs: Tensor, state: RolloutState | None, lengths: Tensor | None
@@ -90,7 +93,7 @@ def run(program: Program, inputs: Tensor, state: RolloutState, hidden: Tensor) -
     for begin in range(0, inputs.shape[1], TABLE_FRAMES):
         end = min(begin + TABLE_FRAMES, inputs.shape[1])
         positions = torch.arange(end - begin, device=inputs.device)[:, None] + state.position
-        tables = {}  # (head_dim, base) -> cos, sin (frames, batch, head_dim / 2)
+        tables: Tables = {}  # cos, sin: (frames, batch, head_dim / 2)
         for layer in program.layers:
             if isinstance(layer.mixer, AttentionMixer):
                 tables[layer.mixer.head_dim, layer.mixer.rope_base] = rotary_rows(layer.mixer, positions, inputs.dtype)
@@ -154,16 +157,18 @@ def experts_step(mlp: MoEMLP, x: Tensor, eps: float) -> Tensor:
     return x + moe_mlp(normed, moe_route(linear(normed, mlp.router), mlp.top_k), mlp.w_in, mlp.w_out)
 
 
-def step(program: Program, x: Tensor, state: RolloutState, tables: dict, ops: StepOps) -> Tensor:
+def step(program: Program, x: Tensor, state: RolloutState, tables: Tables, ops: StepOps) -> Tensor:
     """One frame: x (batch, d) -> hidden (batch, d). Changes the state in place."""
     x = x + state.feedback
     for layer, mixer_state in zip(program.layers, state.mixers, strict=True):
         mixer, mlp = layer.mixer, layer.mlp
         if isinstance(mixer, MambaMixer):
+            assert isinstance(mixer_state, MambaState)  # `rollout` checks that the state fits the program
             x = mamba_step(mixer, x, mixer_state, program.eps, ops)
         else:
-            table = tables[mixer.head_dim, mixer.rope_base]
-            x = attention_step(mixer, x, mixer_state, *table, program.eps, ops)
+            assert isinstance(mixer_state, KVCache)
+            cos, sin = tables[mixer.head_dim, mixer.rope_base]
+            x = attention_step(mixer, x, mixer_state, cos, sin, program.eps, ops)
         if isinstance(mlp, MoEMLP):
             x = ops.experts(mlp, x, program.eps)
         else:
@@ -200,11 +205,12 @@ def attention_step(
 def one_token(mlp: MoEMLP, x: Tensor) -> Tensor:
     """moe_mlp(x, moe_route(...)) for a single token, x (1, d): with nothing to group, half of the calls are saved."""
     probabilities = linear(x, mlp.router).softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))[0].tolist()
-    total = None
+    total: Tensor | None = None
     # sorted() is stable: among equal probabilities the lowest index wins, as in moe_route.
     for expert in sorted(range(len(probabilities)), key=lambda e: -probabilities[e])[: mlp.top_k]:
         out = linear(activate(linear(x, mlp.w_in[expert]), "swiglu"), mlp.w_out[expert])
         total = out * probabilities[expert] if total is None else total.add_(out, alpha=probabilities[expert])
+    assert total is not None  # top_k is 1 or more
     return total
 
 

@@ -200,7 +200,8 @@ def _every_launch(x_dtype: torch.dtype, weight_dtype: torch.dtype, d: int) -> No
     linear(u, matrix(d, 2 * d), residual=x)
     linear(x, matrix(d, d), norm)
     counter = torch.empty(1, dtype=torch.int64)
-    keep_ended(*torch.empty(2, 1, 99, dtype=torch.int32).unbind(), counter, counter)
+    state, kept = torch.empty(2, 1, 99, dtype=torch.int32).unbind()
+    keep_ended(state, kept, counter, counter)
 
 
 def ahead_of_time_cases() -> list[dict]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -11,11 +12,29 @@ from jambatalk_kernels.autograd import any_requires_grad, first_derivative
 from jambatalk_kernels.backends import candidates, choose, native_library, without_step_gradients
 from jambatalk_kernels.checks import check_cu_seqlens, check_flag, check_tensor
 from jambatalk_kernels.selective_scan.reference import compute_dtype, scan_reference, scan_step_reference
-from jambatalk_kernels.triton_ops import TritonOp
+from jambatalk_kernels.triton_ops import Kernels, TritonOp
 
 __all__ = ["selective_scan", "selective_scan_step"]
 
 
+@overload
+def selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., z: Tensor | None = ..., *,
+    delta_bias: Tensor | None = ..., delta_softplus: bool = ..., initial_state: Tensor | None = ...,
+    return_final_state: Literal[False] = ..., cu_seqlens: Tensor | None = ..., backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., z: Tensor | None = ..., *,
+    delta_bias: Tensor | None = ..., delta_softplus: bool = ..., initial_state: Tensor | None = ...,
+    return_final_state: Literal[True], cu_seqlens: Tensor | None = ..., backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., z: Tensor | None = ..., *,
+    delta_bias: Tensor | None = ..., delta_softplus: bool = ..., initial_state: Tensor | None = ...,
+    return_final_state: bool, cu_seqlens: Tensor | None = ..., backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -135,7 +154,9 @@ def selective_scan_step(
     return y
 
 
-def _check_parameters(op: str, A: object, channels: int, D: object, delta_bias: object, device: torch.device) -> int:
+def _check_parameters(
+    op: str, A: Tensor, channels: int, D: Tensor | None, delta_bias: Tensor | None, device: torch.device
+) -> int:
     """Check the tensors that have no batch; -> states."""
     check_tensor(op, "A", A, ("channels", "states"), (channels, None), device)
     states = A.shape[1]
@@ -148,7 +169,10 @@ def _check_parameters(op: str, A: object, channels: int, D: object, delta_bias: 
     return states
 
 
-def _check_step(state, u, delta, A, B, C, D, z, delta_bias) -> None:
+def _check_step(
+    state: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None,
+) -> None:  # fmt: skip
     op = "selective_scan_step"
     check_tensor(op, "u", u, ("batch", "channels"), (None, None), None)
     batch, channels = u.shape
@@ -162,7 +186,10 @@ def _check_step(state, u, delta, A, B, C, D, z, delta_bias) -> None:
     check_tensor(op, "state", state, ("batch", "channels", "states"), (batch, channels, states), device)
 
 
-def _check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens) -> None:
+def _check_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None,
+) -> None:  # fmt: skip
     op = "selective_scan"
     positions = ("batch", "length", "channels")
     check_tensor(op, "u", u, positions, (None, None, None), None)
@@ -225,7 +252,8 @@ def _native_chunk_states(u: Tensor, states: int) -> tuple[int, ...]:
 def _triton_chunk_states(u: Tensor, states: int) -> tuple[int, ...]:
     from jambatalk_kernels.selective_scan.triton import chunk_states_shape
 
-    return chunk_states_shape(*u.shape, states)
+    batch, length, channels = u.shape
+    return chunk_states_shape(batch, length, channels, states)
 
 
 def _fake_scan(chunk_states_shape, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, _, save_states):
@@ -271,9 +299,9 @@ SCHEMAS = (
 _MODULE = "jambatalk_kernels.selective_scan.triton"
 
 # Backend -> the op that runs it. ``cpu`` and ``cuda`` are one native op, which its tensors' device tells apart.
-_FORWARD = {"triton": TritonOp(SCHEMAS[0], _MODULE, "scan_forward", partial(_fake_scan, _triton_chunk_states))}
-_BACKWARD = {"triton": TritonOp(SCHEMAS[1], _MODULE, "scan_backward", _fake_scan_backward)}
-_STEP = {"triton": TritonOp(SCHEMAS[2], _MODULE, "scan_step", _fake_scan_step)}
+_FORWARD: Kernels = {"triton": TritonOp(SCHEMAS[0], _MODULE, "scan_forward", partial(_fake_scan, _triton_chunk_states))}
+_BACKWARD: Kernels = {"triton": TritonOp(SCHEMAS[1], _MODULE, "scan_backward", _fake_scan_backward)}
+_STEP: Kernels = {"triton": TritonOp(SCHEMAS[2], _MODULE, "scan_step", _fake_scan_step)}
 if native_library()[0]:
     torch.library.register_fake("jambatalk::selective_scan", partial(_fake_scan, _native_chunk_states))
     torch.library.register_fake("jambatalk::selective_scan_backward", _fake_scan_backward)

@@ -91,7 +91,7 @@ def _recurrence(
     hidden = []
     # unbind, not indexing: the gradient of an index is a tensor of zeros as large as the whole, for every position.
     for t, (kept, added) in enumerate(zip(decay.unbind(1), drive.unbind(1), strict=True)):
-        if starts is not None:
+        if starts is not None and restarts is not None:  # both or neither
             state = torch.where(starts[t], restarts[t], state)
         state = kept * state + added
         hidden.append(state)

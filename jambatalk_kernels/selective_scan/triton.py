@@ -861,8 +861,9 @@ def scan_backward(
     # A tensor of its own for each, even where it is empty: outputs of an op may not share memory.
     return (
         du, ddelta, sums_A.sum(0).to(A.dtype), rows[:, 0].sum(0).to(B.dtype), rows[:, 1].sum(0).to(C.dtype),
-        u.new_empty((0,)) if D is None else sums_D.sum(0).to(D.dtype), dz,
-        u.new_empty((0,)) if delta_bias is None else sums_bias.sum(0).to(delta_bias.dtype), dinitial,
+        u.new_empty((0,)) if D is None or sums_D is None else sums_D.sum(0).to(D.dtype), dz,
+        u.new_empty((0,)) if delta_bias is None or sums_bias is None else sums_bias.sum(0).to(delta_bias.dtype),
+        dinitial,
     )  # fmt: skip
 
 
