@@ -11,6 +11,7 @@ No torch here: a bad file is refused before anything heavy is imported.
 from __future__ import annotations
 
 import os
+from collections import deque
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -182,7 +183,7 @@ class _Converter:
         if not LOWEST_RATE <= rate <= HIGHEST_RATE:
             raise AudioError(f"{name}: its sampling rate is {rate} Hz; {LOWEST_RATE} to {HIGHEST_RATE} can be used")
         self.rate, self.name, self.length = rate, name, 0
-        self._pieces: list[np.ndarray] = []
+        self._pieces: deque[np.ndarray] = deque()
         self._resampler = None
         if rate != SAMPLING_RATE:
             import soxr
@@ -204,11 +205,14 @@ class _Converter:
         if self._resampler is not None:
             self._pieces.append(self._resampler.resample_chunk(np.zeros(0, np.float32), last=True))
         duration = Fraction(self.length, self.rate)
-        samples = np.concatenate(self._pieces)
         # The resampler rounds the length its own way; the promise is round(duration * 16000), at least one sample.
-        wanted = max(1, round(duration * SAMPLING_RATE))
-        samples = np.pad(samples[:wanted], (0, max(0, wanted - len(samples))))
-        return Audio(np.ascontiguousarray(samples, np.float32), duration, self.rate, channels, self.name)
+        samples = np.zeros(max(1, round(duration * SAMPLING_RATE)), np.float32)
+        filled = 0
+        while self._pieces:  # one at a time, so that they and the whole are never all there
+            piece = self._pieces.popleft()[: len(samples) - filled]
+            samples[filled : filled + len(piece)] = piece
+            filled += len(piece)
+        return Audio(samples, duration, self.rate, channels, self.name)
 
 
 def _one_line(error: BaseException) -> str:

@@ -31,7 +31,9 @@ from jambatalk.linear import adopt, linear
 if TYPE_CHECKING:
     from transformers import Wav2Vec2Config
 
-CHUNK_FRAMES = 600  # windowed, without gradients: longer clips are encoded this many frames at a time
+# windowed, without gradients: longer clips are encoded this many frames at a time, and convolved in smaller pieces: the
+# first layers are 100 times as long as the last, and memory that is fresh or far takes longer than their arithmetic
+CHUNK_FRAMES, CONVOLVED_FRAMES = 600, 200
 
 
 class EncoderError(ValueError):
@@ -67,16 +69,19 @@ class AudioEncoder(nn.Module):
         """(batch, n) -> (batch, features, conv_dim[-1]) at 50 Hz; n at least the receptive field."""
         # Layer by layer, not feature_extractor(): that asks for the gradient of the samples, which nobody uses.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_front_end):
-            # Backward through conv1d between layer norms copies and transposes more than it computes.
-            if torch.is_grad_enabled() and self.config.conv_norm == "layer":
-                x = samples[:, :, None]
-                for layer in self.feature_extractor.conv_layers:
-                    x = layer.activation(layer.layer_norm(strided_products(x, layer.conv)))
-                return x
+            layers, each = list(self.feature_extractor.conv_layers), self.config.conv_norm == "layer"
+            # As products, features last: a CPU's conv1d takes longer, and backward through it between layer norms
+            # copies and transposes more than it computes. The group norm, after the first layer, wants them first.
+            products = samples.device.type == "cpu" or (torch.is_grad_enabled() and each)
+            first = (0 if each else 1) if products else len(layers)
             x = samples[:, None]
-            for layer in self.feature_extractor.conv_layers:
+            for layer in layers[:first]:
                 x = layer(x)
-        return x.transpose(1, 2)
+            x = x.transpose(1, 2)
+            for layer in layers[first:]:
+                x = strided_products(x, layer.conv)
+                x = layer.activation(layer.layer_norm(x) if each else x)
+        return x
 
     def contextualise(self, features: Tensor, visible: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
         """Projection, positional convolution, transformer: (batch, frames, conv_dim[-1]) -> (batch, frames, hidden).
@@ -162,15 +167,20 @@ class AudioEncoder(nn.Module):
 
         counts: frames of each clip of the batch, where they differ; samples beyond a clip's end must be zero.
         """
+        convolved, done = None, 0  # the chunk before through the convolutions, up to frame `done`
         for start in range(0, frames, size):
             stop = min(start + size, frames)
             first = max(0, start - self.config.frames_back)
             last = min(frames, stop + self.config.frames_ahead)
-            x = self.resampled(samples, first, last)
-            valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+            step = max(1, last - done) if torch.is_grad_enabled() else CONVOLVED_FRAMES
+            fresh = [self.resampled(samples, at, min(at + step, last)) for at in range(done, last, step)]
+            kept = [] if convolved is None else [convolved[:, convolved.shape[1] - (done - first) :]]
+            convolved, done = torch.cat([*kept, *fresh], 1), last
+            valid = torch.ones(convolved.shape[:2], dtype=torch.bool, device=samples.device)
             if counts is not None:
-                valid = torch.arange(first, last, device=x.device) < torch.tensor(counts, device=x.device)[:, None]
-            x = self.contextualise(x, self._window(valid), valid).masked_fill(~valid[..., None], 0)
+                index = torch.arange(first, last, device=samples.device)
+                valid = index < torch.tensor(counts, device=samples.device)[:, None]
+            x = self.contextualise(convolved, self._window(valid), valid).masked_fill(~valid[..., None], 0)
             yield start, x[:, start - first : stop - first]
 
     def resampled(self, samples: Tensor, first: int, last: int) -> Tensor:
@@ -296,12 +306,14 @@ def strided_products(x: Tensor, conv: nn.Conv1d) -> Tensor:
     batch, length, channels = x.shape
     features, pieces = (length - kernel) // stride + 1, -(-kernel // stride)
     blocks = features + pieces - 1
-    x = pad(x, (0, 0, 0, max(0, blocks * stride - length)))[:, : blocks * stride]
-    x = x.reshape(batch, blocks, stride * channels)
+    if blocks * stride > length:
+        x = pad(x, (0, 0, 0, blocks * stride - length))
+    x = x[:, : blocks * stride].reshape(batch, blocks, stride * channels)
     weight = conv.weight.permute(2, 1, 0).reshape(kernel * channels, -1)
-    y = 0 if conv.bias is None else conv.bias
+    y = None
     for piece, rows in enumerate(weight.split(stride * channels)):
-        y = y + linear(x[:, piece : piece + features, : len(rows)], rows.T)
+        part = x[:, piece : piece + features, : len(rows)]
+        y = linear(part, rows.T, conv.bias) if y is None else y.add_(linear(part, rows.T))
     return y
 
 

@@ -96,14 +96,16 @@ class JambaTalk(TalkingFace):
         """Autoregressive: each frame is fed with the motion of the one before. Continues from `state`.
 
         Feedback is folded: W_m (W_out h + b_out) is one d x d matrix on the hidden vector, so the loop never touches
-        the motion. lengths: the hidden vectors beyond are zero.
+        the motion. lengths: the hidden vectors beyond are zero. With `self.weights_dtype` torch.bfloat16 a frame reads
+        half the bytes; arithmetic stays in float32.
         """
         position = None if state is None else state.position
         inputs = self.inputs(features, style, position)
-        return rollout(self.program() if program is None else program, inputs, state, lengths=lengths)
+        program = self.program() if program is None else program
+        return rollout(program, inputs, state, lengths=lengths, weights_dtype=self.weights_dtype)
 
     @torch.no_grad()
     def program(self) -> Program:
         """The decoder with its folded feedback, as data for `jambatalk_kernels.rollout`."""
         weight = self.motion_in.weight
-        return self.decoder.program(weight @ self.head.weight, weight @ self.head.bias)
+        return self.decoder.program(linear(weight, self.head.weight.T), weight @ self.head.bias)

@@ -68,6 +68,7 @@ class TalkingFace(nn.Module):
         super().__init__()
         self.config = config
         self.seed = 0  # of what a model draws when it generates; most draw nothing
+        self.weights_dtype: torch.dtype | None = None  # that JambaTalk's loop rounds its matrices to and keeps them in
         self.encoder = AudioEncoder(config.encoder, config.frame_rate)
         self.audio_projection = Linear(config.encoder.hidden, config.d_model)
 
@@ -205,6 +206,7 @@ class TalkingFace(nn.Module):
         subject: str | int | None = None,
         fps: float | str | Fraction | None = None,
         progress: Callable[[float], None] | None = None,
+        program: Any = None,
     ) -> Animation:
         """Speech to a moving face.
 
@@ -214,6 +216,7 @@ class TalkingFace(nn.Module):
             style of an unknown speaker on the mean face.
         fps: frames per second of the result; the model's own by default.
         progress: called now and then with the share of the work that is done.
+        program: from `self.program()`, to prepare once for many calls; that takes as long as a second of speech or so.
 
         Raises jambatalk.audio.AudioError (one line) for audio that cannot be used, ValueError for an unknown subject.
         Memory beyond the result does not grow with the clip where the encoder is `windowed` and attention has a window.
@@ -238,7 +241,9 @@ class TalkingFace(nn.Module):
         try:
             parameter = self.head.weight
             samples = torch.from_numpy(sound.samples).to(device=parameter.device, dtype=parameter.dtype)[None]
-            program = self.program()
+            begun = clock()
+            program = self.program() if program is None else program
+            seconds["decode"] += clock() - begun
             state = None
             # With a basis the animation keeps its coefficients; without one, the hidden vectors that W_out reads.
             based = self.motion_basis is not None

@@ -117,6 +117,7 @@ def test_windowed_features_are_aligned_in_time():
 @pytest.mark.parametrize("fps", [30, 25])
 def test_windowed_chunks_equal_the_whole(fps, monkeypatch):
     monkeypatch.setattr("jambatalk.audio_encoder.CHUNK_FRAMES", 7)
+    monkeypatch.setattr("jambatalk.audio_encoder.CONVOLVED_FRAMES", 4)
     encoder = make(fps, **WINDOWED)
     samples = noise(2, 30011)
     lengths = torch.tensor([30011, 21000])
@@ -136,8 +137,8 @@ def test_windowed_chunks_see_only_a_bounded_piece(monkeypatch):
     monkeypatch.setattr(encoder, "convolve", lambda x: (seen.append(x.shape[1]), convolve(x))[1])
     list(encoder.chunks(noise(1, 53334), 100, 20))
     assert len(seen) == 5
-    frames = 20 + encoder.config.frames_back + encoder.config.frames_ahead
-    assert max(seen) <= frames * 16000 / 30 + 1200
+    assert max(seen) <= (20 + encoder.config.frames_ahead) * 16000 / 30 + 1200
+    assert sum(seen) <= 53334 + 5 * 1200  # what the chunk before has seen is not convolved again
 
 
 def test_full_context_sees_everything():

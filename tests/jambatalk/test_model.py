@@ -10,6 +10,7 @@ from torch import nn
 from jambatalk.config import JambaTalkConfig
 from jambatalk.model import JambaTalk
 from jambatalk.talking_face import periodic_encoding
+from jambatalk_kernels import rollout
 
 ENCODER = dict(
     context="windowed",
@@ -192,6 +193,20 @@ def test_animate_is_deterministic_and_leaves_the_mode_alone():
     first, second = model.animate(samples), model.animate(samples)
     assert (first.coefficients == second.coefficients).all()
     assert model.training
+
+
+def test_animate_with_a_program_and_with_bfloat16_weights():
+    model = make()
+    samples = 0.1 * np.random.default_rng(0).standard_normal(8000).astype(np.float32)
+    exact = model.animate(samples)
+    assert (model.animate(samples, program=model.program()).coefficients == exact.coefficients).all()
+    model.weights_dtype = torch.bfloat16
+    half = model.animate(samples)
+    features = model.encode(torch.from_numpy(samples)[None]).detach()
+    hidden, _ = rollout(model.program(), model.inputs(features, None).detach(), weights_dtype=torch.bfloat16)
+    rounded = hidden if model.motion_basis is None else model.head(hidden)
+    np.testing.assert_allclose(half.coefficients, rounded[0].detach().numpy(), rtol=1e-5, atol=1e-5)
+    assert not np.allclose(half.coefficients, exact.coefficients, rtol=1e-5, atol=1e-5)
 
 
 def test_state_and_result_per_frame_do_not_grow():
