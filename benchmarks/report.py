@@ -34,23 +34,34 @@ def machine_line(facts: dict) -> str:
 def measured(result: dict) -> list[str]:
     lines = [f"## {machine_line(result['machine'])}", "", f"From `results/{result['file']}`.", ""]
     lines += plot(result)
-    lines += ["| case | ours | others | figures and bars |", "|---|---|---|---|"]
+    bars = [(case["name"], bar) for case in result["cases"] for bar in case["bars"] if "holds" in bar]
+    missed = [f"- {name}: {bar_text(bar)}" for name, bar in bars if not bar["holds"]]
+    lines += [f"{len(result['cases'])} cases, {len(bars)} bars, {len(missed)} missed{':' if missed else '.'}", ""]
+    lines += [*missed, ""] if missed else []
+    groups: dict[str, list[dict]] = {}
     for case in result["cases"]:
-        seconds = dict(case["seconds"])
-        ours = time_text(seconds.pop("ours"))
-        others = "<br>".join(f"{name} {time_text(value)}" for name, value in seconds.items())
-        figures = "<br>".join(bar_text(bar) for bar in case["bars"])
-        lines.append(f"| {case['name']} | {ours} | {others} | {figures} |")
+        groups.setdefault(case["op"].removesuffix("_step"), []).append(case)
+    for op, cases in groups.items():
+        lines += [f"### {op}", "", "| case | ours | others | figures and bars |", "|---|---|---|---|"]
+        lines += [*map(row, cases), ""]
     absent = {f"{name}: {why}" for case in result["cases"] for name, why in case["absent"].items()}
     if absent:
-        lines += ["", f"Absent peers: {'; '.join(sorted(absent))}."]
+        lines += [f"Absent peers: {'; '.join(sorted(absent))}.", ""]
     reasons: dict[str, list[str]] = {}
     for test, reason in result.get("skipped", {}).items():
         reasons.setdefault(reason, []).append(test)
     if reasons:
-        lines += ["", "Not run on this machine:", ""]
+        lines += ["Not run on this machine:", ""]
         lines += [f"- {reason}: {', '.join(f'`{test}`' for test in tests)}" for reason, tests in reasons.items()]
     return [*lines, ""]
+
+
+def row(case: dict) -> str:
+    seconds = {name: time_text(value).replace(" ", "&nbsp;") for name, value in case["seconds"].items()}
+    ours = seconds.pop("ours")
+    others = "<br>".join(f"{name} {value}" for name, value in seconds.items())
+    figures = "<br>".join(bar_text(bar) for bar in case["bars"])
+    return f"| {case['name']} | {ours} | {others} | {figures} |"
 
 
 def plot(result: dict) -> list[str]:

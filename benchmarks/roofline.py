@@ -73,9 +73,9 @@ def draw(result: dict, title: str) -> str | None:
         path = f"M{x(x.low):.1f} {y(memory * x.low):.1f} L{x(corner):.1f} {y(peak):.1f} L{x(x.high):.1f} {y(peak):.1f}"
         parts.append(f'<path class="roof{" two" * (index > 0)}" clip-path="url(#plot)" d="{path}"/>')
         row = TOP + 10 + 36 * index
-        who = f", {_threads(threads)}" if len(ceilings) > 1 else ""
+        who = f" with {_threads(threads)}" if len(ceilings) > 1 else ""
         parts.append(f'<path class="roof{" two" * (index > 0)}" d="M{LEFT + WIDTH + 14} {row - 4} h28"/>')
-        parts.append(_text(LEFT + WIDTH + 50, row, f"memory, matrix product{who}", "small"))
+        parts.append(_text(LEFT + WIDTH + 50, row, f"the machine{who}:", "small"))
         parts.append(_text(LEFT + WIDTH + 50, row + 15, f"{_short(memory)}B/s, {_short(peak)}op/s", "small"))
     for name, at, rate, case in dots:
         threads = case["facts"].get("threads", 1)

@@ -52,7 +52,7 @@ def test_result_files_keep_what_did_not_run(tmp_path):
     assert written["skipped"] == {"test_three": "no GPU"}
     results.save(tmp_path, [second], {}, replace=True)
     assert [each["name"] for each in json.loads(path.read_text())["cases"]] == ["two"]
-    assert any("| two | 2 s |" in line for line in report.measured({**written, "file": path.name}))
+    assert any("| two | 2&nbsp;s |" in line for line in report.measured({**written, "file": path.name}))
 
 
 def machine_with(*cases):
@@ -94,7 +94,12 @@ def test_roofline_plot():
         assert roofline.family(op) in roofline.FAMILIES
 
 
-def test_the_report_names_what_did_not_run():
+def test_the_report_names_what_was_missed_and_what_did_not_run():
+    slow = case("a slow case")
+    slow.seconds["ours"] = 1.0
+    slow.bar("seconds", 1.0, most=0.5)
+    lines = report.measured(machine_with(slow.record))
+    assert "1 cases, 1 bars, 1 missed:" in lines and "- a slow case: seconds 1 (bar <= 0.5, MISSED)" in lines
     result = {**machine_with(), "skipped": {"bench_moe.py::test_cuda": "no GPU", "bench_moe.py::test_b": "no GPU"}}
     assert "- no GPU: `bench_moe.py::test_cuda`, `bench_moe.py::test_b`" in report.measured(result)
 
