@@ -99,9 +99,7 @@ class FaceFormer(TalkingFace):
         """All frames in parallel, given what each is fed with: features (batch, frames, d), history (batch, frames,
         motion_size), the motion of the frame before each (history[:, 0] is not read) -> motion."""
         tokens = torch.cat([torch.zeros_like(features[:, :1]), self.motion_in(history[:, 1:])], dim=1)
-        x = tokens + self.style_vector(style, len(features))[:, None]
-        index = torch.arange(features.shape[1], device=features.device) % self.config.period
-        x = self.dropout(x + self.positions[index])
+        x = self.dropout(self._unfed(features, style) + tokens)
         for layer in self.layers:
             x = layer(x, features)
         return self.head(x)
@@ -109,19 +107,27 @@ class FaceFormer(TalkingFace):
     def rollout(self, features: Tensor, style: Tensor | str | int | None = None) -> Tensor:
         """Frame by frame, each fed with the motion of the one before; the gradient goes through the feedback.
         features (batch, frames, d) -> hidden (batch, frames, d)."""
-        speaker = self.style_vector(style, len(features))
         feedback = self.motion_in.weight @ self.head.weight
         feedback_bias = self.motion_in.weight @ self.head.bias + self.motion_in.bias
-        heard = [layer.listen(features) for layer in self.layers]
+        # unbind: indexing would make the backward pass fill a tensor of the whole clip for every frame.
+        inputs = self._unfed(features, style).unbind(1)
+        heard = [layer.listen(features).unbind(1) for layer in self.layers]
+        frames = torch.arange(features.shape[1], device=features.device)
+        # Of the last frame; that of an earlier frame is the end of it.
+        biases = [layer.bias(frames[-1:], frames) for layer in self.layers]
         caches: list[tuple[Tensor, Tensor] | None] = [None] * len(self.layers)
         hidden = []
-        for t in range(features.shape[1]):
-            token = linear(hidden[-1], feedback, feedback_bias) if hidden else torch.zeros_like(speaker)
-            x = self.dropout(token + speaker + self.positions[t % self.config.period])
+        for t, x in enumerate(inputs):
+            x = self.dropout(x + linear(hidden[-1], feedback, feedback_bias) if hidden else x)
             for i, layer in enumerate(self.layers):
-                x, caches[i] = layer.step(x, heard[i][:, t], caches[i])
+                x, caches[i] = layer.step(x, heard[i][t], biases[i][..., -t - 1 :], caches[i])
             hidden.append(x)
         return torch.stack(hidden, dim=1) if hidden else features.new_zeros(features.shape)
+
+    def _unfed(self, features: Tensor, style: Tensor | str | int | None) -> Tensor:
+        """Style and periodic position of every frame, (batch, frames, d)."""
+        index = torch.arange(features.shape[1], device=features.device) % self.config.period
+        return self.style_vector(style, len(features))[:, None] + self.positions[index]
 
     @torch.no_grad()
     def roll(
@@ -169,15 +175,14 @@ class BiasedLayer(nn.Module):
         return self._rest(x, self._attend(q, k, v, self.bias(frames, frames)).transpose(1, 2), self.listen(audio))
 
     def step(
-        self, x: Tensor, heard: Tensor, cache: tuple[Tensor, Tensor] | None
+        self, x: Tensor, heard: Tensor, bias: Tensor, cache: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """One frame: x (batch, d), heard (batch, d) from `listen`, cache: keys and values (batch, heads, frames before,
-        head_dim) -> (batch, d) and the cache with this frame in it."""
+        """One frame: x (batch, d), heard (batch, d) from `listen`, bias (heads, 1, frames so far), cache: keys and
+        values (batch, heads, frames before, head_dim) -> (batch, d) and the cache with this frame in it."""
         q, k, v = (part.unflatten(-1, (self.heads, 1, -1)) for part in self.qkv(x).chunk(3, -1))
         if cache is not None:
             k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)
-        keys = torch.arange(k.shape[2], device=x.device)
-        return self._rest(x, self._attend(q, k, v, self.bias(keys[-1:], keys))[:, :, 0], heard), (k, v)
+        return self._rest(x, self._attend(q, k, v, bias)[:, :, 0], heard), (k, v)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + bias
