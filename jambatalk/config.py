@@ -20,6 +20,7 @@ ARRANGEMENTS = {  # M: Mamba + MLP; E: Mamba + mixture of experts; T: attention 
 MODELS = {  # name in configurations and on command lines -> module:class
     "jambatalk": "jambatalk.model:JambaTalk",
     "faceformer": "jambatalk.baselines.faceformer:FaceFormer",
+    "facediffuser": "jambatalk.baselines.facediffuser:FaceDiffuser",
 }
 
 SAMPLING_RATE = 16000  # Hz, of every audio encoder here

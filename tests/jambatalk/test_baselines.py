@@ -20,7 +20,10 @@ from jambatalk.talking_face import CheckpointError, TalkingFace, model_class
 from jambatalk.training import Example, Trainer, TrainingOptions, collate, newest_checkpoint
 
 BASELINES = sorted(set(MODELS) - {"jambatalk"})
-TINY = {"faceformer": dict(d_model=16, heads=2, hidden=16)}
+TINY = {
+    "facediffuser": dict(d_model=16, hidden=16, diffusion_steps=20, sampling_steps=4),
+    "faceformer": dict(d_model=16, heads=2, hidden=16),
+}
 
 
 def tiny_config(name, **overrides):
@@ -138,4 +141,4 @@ def test_one_clip_can_be_learnt_by_heart(name, tmp_path):
     assert learnt < 0.05 * mean
 
 
-STEPS = {"faceformer": 400}
+STEPS = {"facediffuser": 400, "faceformer": 400}
