@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         corpus = Corpus(args.data, units=args.units, fps=args.data_fps, skip_bad=args.skip_bad)
         checkpoint = newest_checkpoint(args.out) if args.resume else None
-        overrides = _overrides(args.config)
+        overrides = read_overrides(args.config)
         if args.arrangement:
             overrides["arrangement"] = args.arrangement
         config = model_class(args.model).config_class.from_preset(args.preset, **overrides)
@@ -150,7 +150,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _overrides(path: Path | None) -> dict:
+def read_overrides(path: Path | None) -> dict:
+    """The configuration in a JSON file, {} without one. Errors: ValueError, one line."""
     if path is None:
         return {}
     try:

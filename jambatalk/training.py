@@ -362,11 +362,13 @@ class Trainer:
         init: str | Path | None = None,
         checkpoint: Path | None = None,
         device: str = "auto",
+        basis: Tensor | None = None,
     ):
         """pretrained: a Wav2Vec 2.0 checkpoint for the encoder. init: a checkpoint of the same model to start from; its
         motion basis is kept, since its weights are written in it, and so are the styles of the identities that it
         knows. checkpoint: of this run (`newest_checkpoint`), to go on from; then the two others do not matter. device:
-        "auto" takes a GPU where there is one, "cpu" does not."""
+        "auto" takes a GPU where there is one, "cpu" does not. basis: what `motion_basis` says of this corpus, where it
+        is known."""
         try:
             from accelerate import Accelerator
             from accelerate.utils import DistributedDataParallelKwargs
@@ -398,7 +400,6 @@ class Trainer:
         config.subjects = subjects
         torch.manual_seed(options.seed)
         self.outside = None
-        basis = None
         if checkpoint is not None:
             basis = model.motion_basis
         else:
@@ -411,7 +412,8 @@ class Trainer:
                 _start_from(model, init)
                 basis = model.motion_basis
             elif config.motion_rank:
-                basis, self.outside = motion_basis(corpus, clips, config.motion_rank)
+                if basis is None:
+                    basis, self.outside = motion_basis(corpus, clips, config.motion_rank)
                 model.motion_basis.copy_(basis)
         self.model = model
         fps = config.frame_rate
