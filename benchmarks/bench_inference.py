@@ -55,14 +55,16 @@ def main() -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, CUDA_CAP / total))
     model = load_model(options.preset).to(options.device)
     model.weights_dtype = getattr(torch, options.weights)
+    begun = time.perf_counter()
     program = model.program()
+    folding = time.perf_counter() - begun
     with tempfile.TemporaryDirectory() as folder:
         audio = sound(Path(folder) / "first.wav", options.first or options.seconds)
         first = run(model, audio, program, folder if options.write else None)
         peak = peak_memory()
         audio = sound(Path(folder) / "a.wav", options.seconds)
         runs = [run(model, audio, program, folder if options.write else None) for _ in range(options.runs)]
-    result = {"first": first, "best": min(runs, key=lambda stages: stages["total"])}
+    result = {"first": first, "best": min(runs, key=lambda stages: stages["total"]), "folding": folding}
     result |= {"grown": peak_memory() - peak, "parameters": sum(p.numel() for p in model.parameters())}
     if options.device == "cuda":
         result["gpu_memory"] = torch.cuda.max_memory_allocated()
@@ -163,7 +165,7 @@ def test_ten_seconds_at_the_papers_size(contest, native, weights, most):
     case.bar("real-time factor", best["total"] / seconds, most=most)
     case.note("of the encoder alone", best["encode"] / seconds)
     case.bar("neither encoder nor loop, share", 1 - (best["encode"] + best["decode"]) / best["total"], most=0.1)
-    case.note("real-time factor of the first run, weights laid out in it", result["first"]["total"] / seconds)
+    case.note("first run, weights folded and laid out in it", (result["first"]["total"] + result["folding"]) / seconds)
 
 
 @pytest.mark.parametrize("minutes", [5, 10, 60])
