@@ -23,6 +23,7 @@ from jambatalk.audio_integrity import container_fault
 SAMPLING_RATE = 16000
 LOWEST_RATE, HIGHEST_RATE = 4000, 768000
 _BLOCK = 1 << 16  # samples per channel read at once
+_SEGMENT = 1 << 24  # samples kept in one piece: so large that an allocator gives its memory back at once
 
 
 class AudioError(ValueError):
@@ -183,7 +184,8 @@ class _Converter:
         if not LOWEST_RATE <= rate <= HIGHEST_RATE:
             raise AudioError(f"{name}: its sampling rate is {rate} Hz; {LOWEST_RATE} to {HIGHEST_RATE} can be used")
         self.rate, self.name, self.length = rate, name, 0
-        self._pieces: deque[np.ndarray] = deque()
+        self._segments: deque[np.ndarray] = deque()
+        self._filled = 0  # samples in all segments
         self._resampler = None
         if rate != SAMPLING_RATE:
             import soxr
@@ -197,21 +199,32 @@ class _Converter:
             raise AudioError(f"{self.name}: it holds NaN or Inf samples, the first at {at / self.rate:.3f} s")
         self.length += len(block)
         mono = block[:, 0] if block.shape[1] == 1 else block.mean(axis=1, dtype=np.float64).astype(np.float32)
-        self._pieces.append(np.array(mono) if self._resampler is None else self._resampler.resample_chunk(mono))
+        self._append(mono if self._resampler is None else self._resampler.resample_chunk(mono))
+
+    def _append(self, piece: np.ndarray) -> None:
+        while len(piece):
+            used = self._filled % _SEGMENT
+            if not used:
+                self._segments.append(np.empty(_SEGMENT, np.float32))
+            fits = piece[: _SEGMENT - used]
+            self._segments[-1][used : used + len(fits)] = fits
+            self._filled += len(fits)
+            piece = piece[len(fits) :]
 
     def finish(self, channels: int) -> Audio:
         if self.length == 0:
             raise AudioError(f"{self.name}: it holds no samples")
         if self._resampler is not None:
-            self._pieces.append(self._resampler.resample_chunk(np.zeros(0, np.float32), last=True))
+            self._append(self._resampler.resample_chunk(np.zeros(0, np.float32), last=True))
         duration = Fraction(self.length, self.rate)
         # The resampler rounds the length its own way; the promise is round(duration * 16000), at least one sample.
         samples = np.zeros(max(1, round(duration * SAMPLING_RATE)), np.float32)
-        filled = 0
-        while self._pieces:  # one at a time, so that they and the whole are never all there
-            piece = self._pieces.popleft()[: len(samples) - filled]
-            samples[filled : filled + len(piece)] = piece
-            filled += len(piece)
+        start = 0
+        while self._segments:  # one after the other, so that the clip is never there twice
+            piece = self._segments.popleft()
+            piece = piece[: min(self._filled - start, len(samples) - start)]
+            samples[start : start + len(piece)] = piece
+            start += len(piece)
         return Audio(samples, duration, self.rate, channels, self.name)
 
 

@@ -271,3 +271,11 @@ def test_frames_are_exact():
 def test_frame_rates_that_cannot_be(fps):
     with pytest.raises(AudioError, match="fps"):
         audio.exact_fps(fps)
+
+
+@pytest.mark.parametrize("rate", [16000, 48000])
+def test_a_clip_of_many_segments(rate, monkeypatch):
+    sound = tone(rate, 3.0)
+    whole = audio.load(sound, sampling_rate=rate).samples
+    monkeypatch.setattr(audio, "_SEGMENT", 1000)
+    np.testing.assert_array_equal(audio.load(sound, sampling_rate=rate).samples, whole)
