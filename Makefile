@@ -15,13 +15,14 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(RUN) -m pytest -q -m "not slow" tests
 
-# What `make test` leaves out: sanitizers, every instruction set, long property tests; then the linter.
+# What `make test` leaves out: sanitizers, every instruction set, long property tests; the linter, mypy.
 check: $(VENV)/.installed-test lint
 	$(RUN) -m pytest -q -m slow tests
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check --quiet .
+	$(RUN) -m mypy
 
 # The API reference, from the docstrings, into build/docs.
 docs: $(VENV)/.installed

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -50,7 +51,25 @@ class Animation:
     opening_scale: float = 0.0
     subject: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
-    duration: Fraction | None = None
+    duration: Fraction = None  # type: ignore[assignment]  # never None afterwards: __post_init__ works it out
+
+    if TYPE_CHECKING:  # it takes more than it keeps
+
+        def __init__(
+            self,
+            coefficients: np.ndarray,
+            basis: np.ndarray,
+            template: np.ndarray,
+            faces: np.ndarray,
+            fps: Fraction | float | str,
+            offset: np.ndarray | None = None,
+            audio: tuple[np.ndarray, int] | None = None,
+            regions: dict[str, np.ndarray] = ...,
+            opening_scale: float = 0.0,
+            subject: str = "",
+            seconds: dict[str, float] = ...,
+            duration: Fraction | None = None,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         self.fps = exact_fps(self.fps)
@@ -134,7 +153,7 @@ class Animation:
 
 
 def _array(name: str, value: np.ndarray, dtype: type, ndim: int) -> np.ndarray:
-    array = np.asarray(value, dtype)
+    array: np.ndarray = np.asarray(value, dtype)
     if array.ndim != ndim:
         raise ValueError(f"{name} must have {ndim} dimensions, not shape {array.shape}")
     return array

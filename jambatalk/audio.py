@@ -14,11 +14,20 @@ import os
 from collections import deque
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jambatalk.audio_integrity import container_fault
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    from numpy.typing import ArrayLike
+    from torch import Tensor
+
+    # What `load` takes: a path, an array, a tensor, or what it gave.
+    AudioLike: TypeAlias = str | os.PathLike[str] | ArrayLike | Tensor | "Audio"
 
 SAMPLING_RATE = 16000
 LOWEST_RATE, HIGHEST_RATE = 4000, 768000
@@ -50,7 +59,7 @@ class Audio:
         return SAMPLING_RATE
 
 
-def load(source: Any, sampling_rate: int | None = None) -> Audio:
+def load(source: AudioLike, sampling_rate: int | None = None) -> Audio:
     """Reads a file, or takes an array, as 16 kHz mono float32.
 
     source: a path; an array or a tensor (on any device) of shape (n,), or two-dimensional with channels along the

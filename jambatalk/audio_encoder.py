@@ -16,10 +16,10 @@ result.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 # windowed, without gradients: longer clips are encoded this many frames at a time, and convolved in smaller pieces: the
 # first layers are 100 times as long as the last, and memory that is fresh or far takes longer than their arithmetic
 CHUNK_FRAMES, CONVOLVED_FRAMES = 600, 200
+
+
+Value = TypeVar("Value")
 
 
 class EncoderError(ValueError):
@@ -69,7 +72,8 @@ class AudioEncoder(nn.Module):
         """(batch, n) -> (batch, features, conv_dim[-1]) at 50 Hz; n at least the receptive field."""
         # Layer by layer, not feature_extractor(): that asks for the gradient of the samples, which nobody uses.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_front_end):
-            layers, each = list(self.feature_extractor.conv_layers), self.config.conv_norm == "layer"
+            layers: list[Any] = list(self.feature_extractor.conv_layers)  # of three classes of transformers
+            each = self.config.conv_norm == "layer"
             # As products, features last: a CPU's conv1d takes longer, and backward through it between layer norms
             # copies and transposes more than it computes. The group norm, after the first layer, wants them first.
             products = samples.device.type == "cpu" or (torch.is_grad_enabled() and each)
@@ -174,7 +178,7 @@ class AudioEncoder(nn.Module):
             last = min(frames, stop + self.config.frames_ahead)
             step = max(1, last - done) if torch.is_grad_enabled() else CONVOLVED_FRAMES
             fresh = [self.resampled(samples, at, min(at + step, last)) for at in range(done, last, step)]
-            kept = [] if convolved is None else [convolved[:, convolved.shape[1] - (done - first) :]]
+            kept: list[Tensor] = [] if convolved is None else [convolved[:, convolved.shape[1] - (done - first) :]]
             convolved, done = torch.cat([*kept, *fresh], 1), last
             valid = torch.ones(convolved.shape[:2], dtype=torch.bool, device=samples.device)
             if counts is not None:
@@ -227,9 +231,10 @@ class AudioEncoder(nn.Module):
         if wrong:
             raise EncoderError(f"{source}: its architecture is not the encoder's: {'; '.join(wrong)}")
         try:
-            model, report = Wav2Vec2Model.from_pretrained(
+            loaded: Any = Wav2Vec2Model.from_pretrained(
                 source, use_safetensors=_has_safetensors(source), output_loading_info=True
             )
+            model, report = loaded  # a pair, with output_loading_info
         except Exception as error:  # whatever transformers and the hub raise, it is this checkpoint that cannot be had
             raise EncoderError(f"{source}: cannot be loaded: {str(error).splitlines()[0]}") from error
         missing = sorted(_own_names(dict.fromkeys(report["missing_keys"])))
@@ -248,7 +253,6 @@ def wav2vec2_config(config: AudioEncoderConfig) -> Wav2Vec2Config:
         conv_stride=config.conv_stride,
         conv_bias=config.conv_bias,
         feat_extract_norm=config.conv_norm,
-        num_feat_extract_layers=len(config.conv_dim),
         hidden_size=config.hidden,
         num_hidden_layers=config.layers,
         num_attention_heads=config.heads,
@@ -267,7 +271,7 @@ def wav2vec2_config(config: AudioEncoderConfig) -> Wav2Vec2Config:
     return hf
 
 
-def wav2vec2_architecture(source: str | Path) -> dict:
+def wav2vec2_architecture(source: str | Path) -> dict[str, Any]:
     """The fields of AudioEncoderConfig that a Wav2Vec 2.0 checkpoint (local folder or hub id) fixes."""
     from transformers import AutoConfig
 
@@ -310,10 +314,11 @@ def strided_products(x: Tensor, conv: nn.Conv1d) -> Tensor:
         x = pad(x, (0, 0, 0, blocks * stride - length))
     x = x[:, : blocks * stride].reshape(batch, blocks, stride * channels)
     weight = conv.weight.permute(2, 1, 0).reshape(kernel * channels, -1)
-    y = None
+    y: Tensor | None = None
     for piece, rows in enumerate(weight.split(stride * channels)):
         part = x[:, piece : piece + features, : len(rows)]
         y = linear(part, rows.T, conv.bias) if y is None else y.add_(linear(part, rows.T))
+    assert y is not None  # a kernel has a tap
     return y
 
 
@@ -332,7 +337,7 @@ def _has_safetensors(source: str | Path) -> bool | None:
     return True if list(Path(source).glob("*.safetensors")) else None
 
 
-def _own_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _own_names(state: Mapping[str, Value]) -> dict[str, Value]:
     """The names of a Wav2Vec2Model's tensors -> ours. Old releases of torch spell the weight norm of the positional
     convolution weight_g and weight_v."""
     out = {}

@@ -19,8 +19,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -72,15 +73,17 @@ def ground_truth(path: Path, split: str, fps: Fraction | None, corpus: Corpus | 
         vertices, own_fps, template = read_vertices(file)
         if template is None:
             raise ComparisonError(f"{file}: has no template, which FDD needs; use an .npz or a corpus folder")
-        yield Truth(file.stem, file.stem.rpartition("_")[0], lambda v=vertices: v, _rate(file, own_fps, fps), template,
-                    None)  # fmt: skip
+        yield Truth(file.stem, file.stem.rpartition("_")[0], partial(np.asarray, vertices), _rate(file, own_fps, fps),
+                    template, None)  # fmt: skip
 
 
-def open_corpus(path: Path, **options) -> Corpus | None:
+def open_corpus(
+    path: Path, *, units: str | None = None, fps: int | None = None, skip_bad: bool = False
+) -> Corpus | None:
     """The corpus in a folder, None where it is a file or a folder of vertices only. Errors: `CorpusError`."""
     is_corpus = (path / "templates.pkl").exists() or (path / "data_verts.npy").exists()
     if path.is_dir() and (is_corpus or not any(path.glob("*.np[yz]"))):
-        return Corpus(path, **options)
+        return Corpus(path, units=units, fps=fps, skip_bad=skip_bad)
     if not path.exists():
         raise ComparisonError(f"{path}: there is no such file or folder")
     return None
@@ -117,9 +120,10 @@ def read_vertices(path: Path) -> tuple[np.ndarray, Fraction | None, np.ndarray |
 
 
 def _rate(path: Path, own: Fraction | None, given: Fraction | None) -> Fraction:
-    if own is None and given is None:
+    rate = own or given
+    if not rate:
         raise ComparisonError(f"{path}: does not say its frames per second: give --fps")
-    return own or given
+    return rate
 
 
 # ---- predictions
@@ -180,7 +184,7 @@ class FromModel:
 class FromBaseline:
     """A predictor of `jambatalk.baselines.naive`."""
 
-    def __init__(self, predictor, fps: Fraction):
+    def __init__(self, predictor: MeanFace | NearestNeighbour, fps: Fraction):
         self.predictor, self.fps = predictor, fps
 
     def of(self, truth: Truth) -> list[Prediction]:
@@ -190,11 +194,14 @@ class FromBaseline:
         return [Prediction("", truth.template + self.predictor.predict(truth.samples, frames), self.fps)]
 
 
+Predictor = FromFiles | FromModel | FromBaseline
+
+
 # ---- both
 
 
 def pairs(
-    truths: Iterator[Truth], predictions, regions: Mapping[str, np.ndarray], missing: list[str]
+    truths: Iterator[Truth], predictions: Predictor, regions: Mapping[str, np.ndarray], missing: list[str]
 ) -> Iterator[Pair]:
     """Every prediction of every clip beside its truth; clips without a prediction are listed in `missing`."""
     for truth in truths:
@@ -300,6 +307,7 @@ def find(
     from jambatalk.audio import exact_fps
 
     rate = None if fps is None else exact_fps(fps)
+    usual: Fraction | None
     corpus = open_corpus(truth, units=units, fps=data_fps, skip_bad=skip_bad)
     if corpus is not None:
         corpus.clips(split)  # checked before any model runs
@@ -308,6 +316,7 @@ def find(
     else:
         first, usual, _ = read_vertices(_files(truth)[0])
         vertices = first.shape[1]
+    predictor: FromModel | FromFiles
     if (predictions / "config.json").exists():
         from jambatalk.talking_face import CheckpointError, TalkingFace
 
@@ -327,9 +336,9 @@ def find(
         raise ComparisonError(f"{predictions}: there is no such file or folder")
     else:
         predictor = FromFiles(predictions, rate or usual)
-    predictors: dict[str, FromFiles | FromModel | FromBaseline] = {predictions.name or "prediction": predictor}
+    predictors: dict[str, Predictor] = {predictions.name or "prediction": predictor}
     if baselines:
-        if corpus is None:
+        if corpus is None or usual is None:
             raise ComparisonError("--baselines needs a corpus to learn from as the ground truth")
         predictors["mean face"] = FromBaseline(MeanFace(corpus, usual), usual)
         predictors["nearest neighbour"] = FromBaseline(NearestNeighbour(corpus, usual), usual)
@@ -345,7 +354,7 @@ def find(
 
 def report(
     setting: Setting, protocols: Sequence[Protocol], progress: Callable[[str], None] | None = None
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Scores each predictor by each protocol. Every clip is predicted once and looked at by all protocols.
 
     Returns:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from jambatalk_kernels import (
     selective_scan,
 )
 from jambatalk_kernels.rollout import program as records
-from jambatalk_kernels.rollout.program import MambaState
+from jambatalk_kernels.rollout.program import MambaState, Program
 from jambatalk_kernels.rollout.program import RolloutState as DecoderState
 
 __all__ = ["Decoder", "DecoderState"]
@@ -260,7 +261,7 @@ class Decoder(nn.Module):
         return self.norm(x), routings, state
 
     def records(self) -> Sequence[records.Layer]:
-        return tuple(layer.record() for layer in self.layers)
+        return tuple(cast(Layer, layer).record() for layer in self.layers)
 
     def new_state(self, batch: int, frames: int = 0) -> DecoderState:
         """The state before the first frame."""
@@ -269,9 +270,9 @@ class Decoder(nn.Module):
             self.records(), weight.shape[0], batch, frames=frames, dtype=weight.dtype, device=weight.device
         )
 
-    def program(self, feedback: Tensor | None, feedback_bias: Tensor | None) -> records.Program:
+    def program(self, feedback: Tensor | None, feedback_bias: Tensor | None) -> Program:
         """The decoder as data, for `jambatalk_kernels.rollout`; shares memory with the parameters."""
-        return records.Program(tuple(self.records()), self.norm.weight, feedback, feedback_bias, self.eps)
+        return Program(tuple(self.records()), self.norm.weight, feedback, feedback_bias, self.eps)
 
 
 def _uniform(weight: Tensor) -> None:

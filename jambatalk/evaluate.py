@@ -36,7 +36,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -112,7 +112,7 @@ def speech_report(
     *,
     subject: str | None = None,
     alignment: bool = True,
-    progress: Any = None,
+    progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Run a model on recordings and measure its mouth.
 
@@ -415,7 +415,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _progress() -> Any:
+def _progress() -> Callable[[str], None] | None:
     """What is being done, on the terminal only."""
     return (lambda text: print(text, file=sys.stderr)) if sys.stderr.isatty() else None
 

@@ -13,13 +13,20 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    import torch
+
+    from jambatalk.audio import Audio
+    from jambatalk.talking_face import TalkingFace
 
 DEMO_CLIP = Path(__file__).with_name("assets") / "demo.wav"
 OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):  # argparse would print the usage, too: ten lines where one will do
+    def error(self, message: str) -> NoReturn:  # argparse would print the usage, too: ten lines where one will do
         self.exit(BAD_INPUT, f"jambatalk: error: {message} (--help shows how)\n")
 
 
@@ -162,7 +169,7 @@ def _output(source: Path, wish: str | None, count: int) -> Path:
     return Path(wish)
 
 
-def _read(source: Path, output: Path, arguments: argparse.Namespace):
+def _read(source: Path, output: Path, arguments: argparse.Namespace) -> tuple[Audio, dict[str, float]]:
     from jambatalk import export
     from jambatalk.audio import frames_for, load
 
@@ -175,7 +182,7 @@ def _read(source: Path, output: Path, arguments: argparse.Namespace):
     return audio, seconds
 
 
-def _load_model(arguments: argparse.Namespace):
+def _load_model(arguments: argparse.Namespace) -> TalkingFace:
     import torch
 
     from jambatalk.talking_face import TalkingFace
@@ -197,7 +204,7 @@ def _load_model(arguments: argparse.Namespace):
     return model
 
 
-def _check_backend(backend: str, device) -> None:
+def _check_backend(backend: str, device: torch.device) -> None:
     """Runs the smallest scan on the backend. Raises BackendUnavailable with the reason if it cannot."""
     import torch
 
@@ -208,8 +215,14 @@ def _check_backend(backend: str, device) -> None:
 
 
 def _animate(
-    model, program, audio, source: Path, output: Path, seconds: dict[str, float], arguments: argparse.Namespace
-) -> dict:
+    model: TalkingFace,
+    program: Any,
+    audio: Audio,
+    source: Path,
+    output: Path,
+    seconds: dict[str, float],
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
     """Runs the model on one file, writes the output, and returns the line of JSON."""
     from tqdm import tqdm
 

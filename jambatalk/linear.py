@@ -8,6 +8,7 @@ The first product of a new shape costs about half a millisecond more, for which 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,12 +70,12 @@ class _Product(torch.autograd.Function):
     """left (m, k), right (n, k), bias (n,) or None -> left right^T + bias (m, n)."""
 
     @staticmethod
-    def forward(ctx, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(left, right)
         return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         left, right = ctx.saved_tensors
         return (
             _Product.apply(gradient, right.t(), None) if ctx.needs_input_grad[0] else None,

@@ -48,6 +48,8 @@ def motion_metric(
 class MotionLoss(nn.Module):
     """Mean squared error of positions and of velocities (differences of neighbouring frames) under `motion_metric`."""
 
+    metric: Tensor
+
     def __init__(self, metric: Tensor, vertex_weight: float = 1.0, velocity_weight: float = 1.0):
         super().__init__()
         self.register_buffer("metric", metric, persistent=False)

@@ -31,6 +31,7 @@ class JambaTalk(TalkingFace):
 
     config_class = JambaTalkConfig
     config: JambaTalkConfig
+    positions: Tensor | None  # (period, d)
 
     def __init__(self, config: JambaTalkConfig):
         super().__init__(config)
@@ -81,7 +82,7 @@ class JambaTalk(TalkingFace):
         if self.positions is not None:
             index = torch.arange(frames, device=features.device)
             index = index if position is None else position[:, None] + index
-            x = x + self.positions[index % self.config.period].to(x.dtype)
+            x = x + self.positions[index % len(self.positions)].to(x.dtype)
         return x
 
     @torch.no_grad()

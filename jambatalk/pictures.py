@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -44,10 +44,10 @@ def write(setting: Setting, report: Mapping, folder: Path) -> Path:
         truth, shown = _one(setting, name)
         page = folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}.html"
         curves = {who: 1e3 * error_of(pair) for who, pair in shown.items()}
-        linked = setting.faces is not None and len(setting.faces) > 0
-        if linked:
+        title = html.escape(name)
+        if setting.faces is not None and len(setting.faces) > 0:
             write_animation(side_by_side(next(iter(shown.values())), setting.faces, truth.samples), page)
-        title = f'<a href="{html.escape(page.name)}">{html.escape(name)}</a>' if linked else html.escape(name)
+            title = f'<a href="{html.escape(page.name)}">{title}</a>'
         charts.append(f"<h2>{title} <small>{rank}</small></h2>\n" + chart(curves, next(iter(shown.values())).fps, what))
     index = folder / "index.html"
     try:
@@ -57,13 +57,13 @@ def write(setting: Setting, report: Mapping, folder: Path) -> Path:
     return index
 
 
-def _chosen(setting: Setting, error_of) -> dict[str, str]:
+def _chosen(setting: Setting, error_of: Callable[[Pair], np.ndarray]) -> dict[str, str]:
     """The clips with the least, the median and the largest error, by what they are."""
     predictor = next(iter(setting.predictors.values()))
     errors = {
         pair.name: float(error_of(pair).mean()) for pair in pairs(setting.truths(), predictor, setting.regions, [])
     }
-    order = sorted(errors, key=errors.get)
+    order = sorted(errors, key=errors.__getitem__)
     ranks = {"least error": order[0], "median": order[len(order) // 2], "largest error": order[-1]}
     return {rank: name for rank, name in ranks.items() if list(ranks.values()).index(name) == list(ranks).index(rank)}
 
@@ -121,7 +121,7 @@ def heat(values: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(at, range(len(HEAT)), [colour[i] for colour in HEAT]) for i in range(3)], axis=1)
 
 
-def chart(curves: Mapping[str, Sequence[float]], fps: float, what: str) -> str:
+def chart(curves: Mapping[str, Sequence[float] | np.ndarray], fps: float, what: str) -> str:
     """An SVG of curves over time, millimetres."""
     width, height = PLOT
     longest = max(len(curve) for curve in curves.values())

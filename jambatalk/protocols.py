@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -58,7 +59,8 @@ class Pair:
 
     def both(self, vertices: np.ndarray | slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
         """Predicted and true positions of some vertices, float64, cut to the shorter clip."""
-        return tuple(x[: self.frames, vertices].astype(np.float64) for x in (self.predicted, self.truth))
+        predicted, truth = (x[: self.frames, vertices].astype(np.float64) for x in (self.predicted, self.truth))
+        return predicted, truth
 
     def region(self, name: str) -> np.ndarray:
         try:
@@ -77,7 +79,7 @@ class Measure:
     name: str
     formula: str
     unit: str
-    values: Callable[[Pair], np.ndarray]  # (n,): one a frame, or one for the clip
+    values: Callable[[Pair], np.ndarray | float]  # (n,), one a frame; or one for the clip
     pooling: str  # "frames": mean over all frames of all clips; "clips": mean over clips of each clip's mean
     scale: float = 1.0  # from metres (or frames) to `unit`
 
@@ -116,7 +118,7 @@ class Scoring:
     def __init__(self, protocol: Protocol):
         self.protocol = protocol
         self.columns: dict[str, list[np.ndarray]] = {measure.name: [] for measure in protocol.measures}
-        self.rows: list[dict[str, object]] = []
+        self.rows: list[dict[str, Any]] = []
 
     def add(self, pair: Pair) -> None:
         """Errors: `ProtocolError` for a clip without frames, with another number of vertices or with NaN, and for a
@@ -124,7 +126,7 @@ class Scoring:
         _check(pair)
         if self.protocol.conditions == "same" and pair.condition not in ("", pair.subject):
             return
-        row: dict[str, object] = {"clip": pair.name, "condition": pair.condition, "frames": pair.frames}
+        row: dict[str, Any] = {"clip": pair.name, "condition": pair.condition, "frames": pair.frames}
         for measure in self.protocol.measures:
             values = np.atleast_1d(np.asarray(measure.values(pair), dtype=np.float64))
             self.columns[measure.name].append(values)
@@ -264,7 +266,8 @@ def _release_coordinates(pair: Pair, columns: np.ndarray) -> tuple[np.ndarray, n
     frames = min(len(truth), len(pair.predicted))
     if pair.truth.shape[1] * 3 < 192:
         raise ProtocolError("jambatalk-release reads 192 coordinates, and the mesh has fewer")
-    return tuple(x[:frames].reshape(frames, -1)[:, columns].astype(np.float64) for x in (pair.predicted, truth))
+    p, g = (x[:frames].reshape(frames, -1)[:, columns].astype(np.float64) for x in (pair.predicted, truth))
+    return p, g
 
 
 def release_lip(pair: Pair) -> np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
+from typing import Any
 
 import numpy as np
 
@@ -64,7 +65,7 @@ def align(samples: np.ndarray, text: str) -> list[Phone]:
     spoken = {word: pronunciation(word) for word in words}
     if missing := sorted(word for word, phones in spoken.items() if phones is None):
         raise UnknownWords(missing)
-    return _align(samples, words, spoken)
+    return _align(samples, words, {word: phones for word, phones in spoken.items() if phones is not None})
 
 
 def align_phones(samples: np.ndarray, words: list[list[str]]) -> list[Phone]:
@@ -135,19 +136,19 @@ def pronunciation(word: str) -> str | None:
     return phones
 
 
-def _decode(decoder, pcm: bytes) -> None:
+def _decode(decoder: Any, pcm: bytes) -> None:
     decoder.start_utt()
     decoder.process_raw(pcm, full_utt=True)
     decoder.end_utt()
 
 
 @functools.cache
-def _dictionary():
+def _dictionary() -> Any:
     """A decoder that is only asked for words."""
     return _decoder_class()(lm=None, samprate=SAMPLING_RATE, loglevel="FATAL")
 
 
-def _decoder_class():
+def _decoder_class() -> Any:  # pocketsphinx has no types
     try:
         from pocketsphinx import Decoder
     except ImportError as error:

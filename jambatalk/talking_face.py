@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from typing import Self  # Python 3.11
 
     from jambatalk.animation import Animation
+    from jambatalk.audio import AudioLike
     from jambatalk.training import Lesson
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -63,6 +64,10 @@ class TalkingFace(nn.Module):
     whole_clips: ClassVar[bool] = False  # whether `roll` needs all frames of a clip at once
     style: nn.Embedding
     head: nn.Linear
+    templates: Tensor  # (subjects, V, 3), as the next two from `set_head`
+    faces: Tensor  # (F, 3) int32
+    opening_scale: Tensor  # ()
+    motion_basis: Tensor | None  # (3V, motion_rank)
 
     def __init__(self, config: TalkingFaceConfig):
         super().__init__()
@@ -82,7 +87,13 @@ class TalkingFace(nn.Module):
 
     # The face
 
-    def set_head(self, templates: Any, faces: Any, regions: Mapping[str, Any], opening_scale: float) -> None:
+    def set_head(
+        self,
+        templates: Tensor | np.ndarray,
+        faces: Tensor | np.ndarray | None,
+        regions: Mapping[str, Tensor | np.ndarray],
+        opening_scale: float,
+    ) -> None:
         """Fill the buffers that describe the face.
 
         templates: (subjects, V, 3) metres, in the order of `config.subjects`. faces: (F, 3) vertex indices, or None.
@@ -201,7 +212,7 @@ class TalkingFace(nn.Module):
     @torch.no_grad()
     def animate(
         self,
-        audio: Any,
+        audio: AudioLike,
         sampling_rate: int | None = None,
         subject: str | int | None = None,
         fps: float | str | Fraction | None = None,
@@ -246,8 +257,8 @@ class TalkingFace(nn.Module):
             seconds["decode"] += clock() - begun
             state = None
             # With a basis the animation keeps its coefficients; without one, the hidden vectors that W_out reads.
-            based = self.motion_basis is not None
-            width = self.config.motion_rank if based else self.config.d_model
+            basis = self.motion_basis
+            width = self.config.d_model if basis is None else basis.shape[1]
             coefficients = np.empty((frames, width), dtype=np.float32)
             pieces = self._features(samples, frames)
             while True:
@@ -259,7 +270,7 @@ class TalkingFace(nn.Module):
                 start, features = piece
                 begun = clock()
                 hidden, state = self.roll(features, style, state, None, program)
-                made = (self.head(hidden) if based else hidden)[0]
+                made = (hidden if basis is None else self.head(hidden))[0]
                 coefficients[start : start + len(made)] = made.float().cpu().numpy()
                 seconds["decode"] += clock() - begun
                 progress((start + len(made)) / frames)
@@ -267,8 +278,8 @@ class TalkingFace(nn.Module):
             self.train(was_training)
         animation = Animation(
             coefficients=coefficients,
-            basis=(self.motion_basis if based else self.head.weight).float().cpu().numpy(),
-            offset=None if based else self.head.bias.float().cpu().numpy(),
+            basis=(self.head.weight if basis is None else basis).float().cpu().numpy(),
+            offset=self.head.bias.float().cpu().numpy() if basis is None else None,
             template=template.float().cpu().numpy(),
             faces=self.faces.cpu().numpy(),
             fps=rate,

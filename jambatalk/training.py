@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -92,7 +93,7 @@ class TrainingOptions:
             raise TrainingError(f"schedule must be 'constant' or 'cosine', not {self.schedule!r}")
 
     @classmethod
-    def for_preset(cls, preset: str, **overrides) -> TrainingOptions:
+    def for_preset(cls, preset: str, **overrides: Any) -> TrainingOptions:
         demo = dict(
             steps=2400, batch=8, learning_rate=1.5e-3, beta2=0.98, schedule="cosine", warmup=100, weight_decay=0.01,
             ema=0.995, augment=True, speed=0.15, history_noise=0.1, history_generated=0.9, history_ramp=600,
@@ -103,7 +104,7 @@ class TrainingOptions:
         return cls(**{**(demo if preset == "demo" else {}), **overrides})
 
     @classmethod
-    def of_checkpoint(cls, folder: Path, **overrides) -> TrainingOptions:
+    def of_checkpoint(cls, folder: Path, **overrides: Any) -> TrainingOptions:
         """Those that the run had when it wrote this checkpoint, with some replaced."""
         saved = _read_state(folder)["options"]
         known = {field.name for field in dataclasses.fields(cls)}
@@ -166,7 +167,7 @@ class MotionSet:
         """(frames of all clips,) metres that the inner lips are further apart than on the template.
 
         The gap is a height and so linear in the vertices: a displacement's gap is what it adds."""
-        if self.coefficients is None:
+        if self.coefficients is None or self.basis is None:
             return np.concatenate(
                 [inner_lip_gap(self.corpus.displacement(clip, 4), upper, lower) for clip in self.clips]
             )
@@ -229,7 +230,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device; lengths stay, since they are read on the host."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {n: value.to(device) for n, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **{**moved, "lengths": self.lengths})
 
 
@@ -414,6 +415,7 @@ class Trainer:
             elif config.motion_rank:
                 if basis is None:
                     basis, self.outside = motion_basis(corpus, clips, config.motion_rank)
+                assert model.motion_basis is not None  # it has a rank
                 model.motion_basis.copy_(basis)
         self.model = model
         fps = config.frame_rate
@@ -463,12 +465,18 @@ class Trainer:
             opening_scale = float(np.percentile(self.train_set.gaps(upper, lower), 95))
         model.set_head(templates, corpus.faces, corpus.regions, opening_scale)
 
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        assert self.options.steps is not None  # made a number of `epochs` in the beginning
+        return self.options.steps
+
     # One step
 
     def draw(self, step: int) -> Batch:
         """This process's clips of a step. Every epoch visits every clip once, in an order of its own."""
         examples = [self.draw_example(step, i) for i in range(self.rank, self.options.batch, self.processes)]
-        return replace(collate(examples), done=step / self.options.steps)
+        return replace(collate(examples), done=step / self.steps)
 
     def draw_example(self, step: int, place: int) -> Example:
         """Clip number `place` of a step: the same whichever process draws it, whatever the others draw."""
@@ -509,7 +517,7 @@ class Trainer:
         o = self.options
         rate = o.learning_rate * min(1.0, (step + 1) / max(1, o.warmup))
         if o.schedule == "cosine":
-            rate *= 0.5 * (1 + math.cos(math.pi * min(1.0, step / o.steps)))
+            rate *= 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
         return rate
 
     def train_step(self, batch: Batch | None = None) -> dict[str, float]:
@@ -543,7 +551,7 @@ class Trainer:
     @property
     def best(self) -> TalkingFace:
         """The model to use: the moving average where there is one."""
-        return self.average.module if self.average is not None else self.model
+        return cast(TalkingFace, self.average.module) if self.average is not None else self.model
 
     @torch.no_grad()
     def validate(self, limit: int = 12) -> dict[str, float]:
@@ -578,7 +586,7 @@ class Trainer:
 
     def _vertices(self, motion: Tensor) -> np.ndarray:
         """(frames, d) -> (frames, V, 3) displacement in metres."""
-        if self.model.config.motion_rank:
+        if self.model.motion_basis is not None:
             motion = motion @ self.model.motion_basis.cpu().T
         return motion.reshape(len(motion), -1, 3).numpy()
 
@@ -638,17 +646,17 @@ class Trainer:
         # The next batch is drawn while this one is trained on.
         with ThreadPoolExecutor(1) as ahead:
             batch = ahead.submit(self.draw, self.step)
-            while self.step < o.steps:
+            while self.step < self.steps:
                 begun, now = time.perf_counter(), batch.result()
-                if self.step + 1 < o.steps:
+                if self.step + 1 < self.steps:
                     batch = ahead.submit(self.draw, self.step + 1)
                 values = self.train_step(now)
                 if log is not None:
                     values |= {"learning_rate": self.learning_rate(self.step - 1)}
                     log.write(self.step, {**values, "seconds": time.perf_counter() - begun})
-                if self.step % o.save_every == 0 or self.step == o.steps:
+                if self.step % o.save_every == 0 or self.step == self.steps:
                     self.save()
-                if self.step % o.validate_every == 0 or self.step == o.steps:
+                if self.step % o.validate_every == 0 or self.step == self.steps:
                     if log is not None:
                         log.write(self.step, self.validate())
                     self.accelerator.wait_for_everyone()

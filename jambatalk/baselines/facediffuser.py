@@ -81,6 +81,7 @@ class FaceDiffuser(TalkingFace):
 
     config_class = FaceDiffuserConfig
     config: FaceDiffuserConfig
+    signal: Tensor  # (diffusion_steps + 1,)
     whole_clips = True
 
     def __init__(self, config: FaceDiffuserConfig):

@@ -32,7 +32,7 @@ Changed, so that methods differ by nothing but the method:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,7 @@ class FaceFormerConfig(TalkingFaceConfig):
     heads: int = 4
     hidden: int = 128  # of the feed-forward layers
     layers: int = 1
+    period: int = 30
     dropout: float = 0.1  # on the tokens, on attention's weights and output, and twice in the feed-forward layers
     velocity_weight: float = 0.0
 
@@ -71,6 +72,7 @@ class FaceFormer(TalkingFace):
 
     config_class = FaceFormerConfig
     config: FaceFormerConfig
+    positions: Tensor  # (period, d)
     whole_clips = True
 
     def __init__(self, config: FaceFormerConfig):
@@ -111,15 +113,16 @@ class FaceFormer(TalkingFace):
         feedback_bias = self.motion_in.weight @ self.head.bias + self.motion_in.bias
         # unbind: indexing would make the backward pass fill a tensor of the whole clip for every frame.
         inputs = self._unfed(features, style).unbind(1)
-        heard = [layer.listen(features).unbind(1) for layer in self.layers]
+        layers = [cast(BiasedLayer, layer) for layer in self.layers]
+        heard = [layer.listen(features).unbind(1) for layer in layers]
         frames = torch.arange(features.shape[1], device=features.device)
         # Of the last frame; that of an earlier frame is the end of it.
-        biases = [layer.bias(frames[-1:], frames) for layer in self.layers]
-        caches: list[tuple[Tensor, Tensor] | None] = [None] * len(self.layers)
-        hidden = []
+        biases = [layer.bias(frames[-1:], frames) for layer in layers]
+        caches: list[tuple[Tensor, Tensor] | None] = [None] * len(layers)
+        hidden: list[Tensor] = []
         for t, x in enumerate(inputs):
             x = self.dropout(x + linear(hidden[-1], feedback, feedback_bias) if hidden else x)
-            for i, layer in enumerate(self.layers):
+            for i, layer in enumerate(layers):
                 x, caches[i] = layer.step(x, heard[i][t], biases[i][..., -t - 1 :], caches[i])
             hidden.append(x)
         return torch.stack(hidden, dim=1) if hidden else features.new_zeros(features.shape)
@@ -143,6 +146,8 @@ class FaceFormer(TalkingFace):
 
 class BiasedLayer(nn.Module):
     """A transformer decoder layer with FaceFormer's biases and its alignment mask (see the top of this file)."""
+
+    slopes: Tensor  # (heads,)
 
     def __init__(self, d: int, heads: int, hidden: int, period: int, dropout: float):
         super().__init__()

@@ -21,11 +21,12 @@ class MeanFace:
     """The mean displacement of all training frames, in every frame: the best guess without any sound."""
 
     def __init__(self, corpus: Corpus, fps: Fraction):
-        total, frames = 0.0, 0
+        total: np.ndarray | float = 0.0
+        frames = 0
         for clip in corpus.clips("train"):
             moved = corpus.displacement(clip, _step(corpus, fps))
             total, frames = total + moved.sum(0, dtype=np.float64), frames + len(moved)
-        self.displacement = (total / frames).astype(np.float32)
+        self.displacement = np.asarray(total / frames, dtype=np.float32)
 
     def predict(self, samples: np.ndarray, frames: int) -> np.ndarray:
         return np.broadcast_to(self.displacement, (frames, *self.displacement.shape))

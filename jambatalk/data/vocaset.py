@@ -31,6 +31,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -85,7 +86,7 @@ class _PlainUnpickler(pickle.Unpickler):
         ("_codecs", "encode"),
     }  # fmt: skip
 
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self.ALLOWED:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(
@@ -93,7 +94,7 @@ class _PlainUnpickler(pickle.Unpickler):
         )
 
 
-def load_plain_pickle(path: Path):
+def load_plain_pickle(path: Path) -> Any:
     """A pickle of numpy arrays and plain containers (Python 2 ones too). Errors: `CorpusError`."""
     try:
         with open(path, "rb") as file:
@@ -157,7 +158,7 @@ class Corpus:
         self.bad: list[str] = []
         self._clips: dict[str, list[Clip]] = {}
         if (self.directory / "vertices_npy").is_dir() and not (self.directory / "data_verts.npy").exists():
-            self._files = _ProcessedFiles(self.directory)
+            self._files: _ProcessedFiles | _ReleaseFiles = _ProcessedFiles(self.directory)
         else:
             self._files = _ReleaseFiles(self.directory)
         self.layout = self._files.layout
@@ -175,11 +176,11 @@ class Corpus:
 
     # What stands beside the clips
 
-    def _templates(self, found) -> dict[str, np.ndarray]:
+    def _templates(self, found: object) -> dict[str, np.ndarray]:
         path = self.directory / "templates.pkl"
         if not isinstance(found, dict) or not found:
             raise CorpusError(f"{path}: expected a dictionary of templates by subject")
-        templates = {}
+        templates: dict[str, np.ndarray] = {}
         for subject, value in found.items():
             value = np.asarray(value)
             if value.dtype.kind != "f":
@@ -225,7 +226,7 @@ class Corpus:
         written = self._json("splits.json") or {}
         names, numbers = (BIWI_SPLITS, BIWI_SENTENCES) if self.layout == BIWI else (VOCA_SPLITS, VOCA_SENTENCES)
         self.splits: dict[str, list[str]] = {split: written.get(split, names[split]) for split in names}
-        if self.layout == BIWI:
+        if isinstance(self._files, _ProcessedFiles) and self.layout == BIWI:
             # "e01" (the emotional half, as CodeTalker) or "01"
             prefix = "e" if any("_e" in stem for stem in self._files.stems) else ""
             sentences = {split: [f"{prefix}{i:02d}" for i in numbers[split]] for split in names}
@@ -244,10 +245,10 @@ class Corpus:
             faces = _load_array(path)
         else:
             places = (self.directory / sub / name for sub in ("", "templates") for name in MESHES)
-            path = next((place for place in places if place.exists()), None)
-            if path is None:
+            found = next((place for place in places if place.exists()), None)
+            if found is None:
                 return None
-            faces = _triangles(path)
+            path, faces = found, _triangles(found)
         if faces.ndim != 2 or faces.shape[1] != 3 or not len(faces) or faces.dtype.kind not in "iu":
             raise CorpusError(f"{path}: expected whole numbers (F, 3), found {faces.dtype} {faces.shape}")
         if faces.size and not (0 <= faces.min() and faces.max() < self.vertex_count):
@@ -438,7 +439,7 @@ class _ReleaseFiles:
 class _ProcessedFiles:
     """Motion and sound in FaceFormer's layout: one .npy and one .wav a clip."""
 
-    vertex_count = None  # every file has its own
+    vertex_count: int | None = None  # every file has its own
 
     def __init__(self, directory: Path):
         self.directory, self.index = directory, directory / "vertices_npy"
@@ -571,7 +572,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """The options that say how a corpus is to be read."""
     parser.add_argument("--units", choices=tuple(UNITS), help="of the vertices (default: m; BIWI: found out)")
     parser.add_argument("--data-fps", type=int, metavar="N", help="frames/s of the vertices (default: 60; BIWI: 25)")

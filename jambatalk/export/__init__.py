@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 from typing import BinaryIO
 
 import numpy as np
@@ -26,7 +27,7 @@ __all__ = ["ExportError", "FORMATS", "check", "write"]
 
 # Each format is a module with EXTENSION, DESCRIPTION (for the command's help), LONGEST (seconds, or None) and
 # write(animation, file), which writes to an open binary file and never holds all vertices in memory.
-FORMATS = {module.EXTENSION: module for module in (html, npz, npy)}
+FORMATS: dict[str, ModuleType] = {module.EXTENSION: module for module in (html, npz, npy)}
 
 
 def check(path: str | os.PathLike, duration: Fraction | float | None = None) -> None:
@@ -85,7 +86,7 @@ def _replacing(target: Path, keep: bool = True) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def _format_of(path: Path):
+def _format_of(path: Path) -> ModuleType:
     module = FORMATS.get(path.suffix.lower())
     if module is None:
         named = f"the extension {path.suffix!r}" if path.suffix else "a name without extension"
@@ -93,7 +94,7 @@ def _format_of(path: Path):
     return module
 
 
-def _check_duration(module, duration: Fraction | float) -> None:
+def _check_duration(module: ModuleType, duration: Fraction | float) -> None:
     if module.LONGEST is not None and duration > module.LONGEST:
         others = _listed(extension for extension, other in FORMATS.items() if other.LONGEST is None)
         raise ExportError(

@@ -296,7 +296,7 @@ def _ambient_light(vertices: np.ndarray, faces: np.ndarray, directions: int = 96
     corners = vertices[faces]
     cross = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     normals = np.stack([np.bincount(faces.reshape(-1), np.repeat(cross[:, i], 3), len(vertices)) for i in range(3)], 1)
-    normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-30)
+    normals = normals / np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-30)
     size = float(np.ptp(vertices, axis=0).max())
     cell, bias = size / 64, size / 64
     cloud = _cloud(corners, 0.9 * cell).astype(np.float32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
@@ -13,12 +13,12 @@ DESCRIPTION = "vertices (frames, V, 3) float32, metres"
 LONGEST = None
 
 
-def write(animation: Animation, file: BinaryIO) -> None:
+def write(animation: Animation, file: IO[bytes]) -> None:
     write_header(file, (animation.frames, *animation.template.shape), "<f4")
     # Plain writes: a memory map would turn a full disk into a bus error.
     for vertices in animation.iter_vertices():
         file.write(np.ascontiguousarray(vertices, "<f4").data)
 
 
-def write_header(file: BinaryIO, shape: tuple[int, ...], dtype: str) -> None:
+def write_header(file: IO[bytes], shape: tuple[int, ...], dtype: str) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})

@@ -7,7 +7,7 @@ the same bytes.
 from __future__ import annotations
 
 import zipfile
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import numpy as np
 
@@ -32,7 +32,7 @@ def write(animation: Animation, file: BinaryIO) -> None:
                 np.lib.format.write_array(member, array, allow_pickle=False)
 
 
-def _member(archive: zipfile.ZipFile, name: str):
+def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
     info = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
     info.external_attr = 0o644 << 16
     return archive.open(info, "w", force_zip64=True)

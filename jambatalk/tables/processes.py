@@ -44,7 +44,8 @@ class Processes:
                     return value
                 if kind == "error":
                     raise value
-                report(value)
+                if report is not None:
+                    report(value)
         except EOFError:
             child.join()
             # Killed for memory, say: -9. Whatever happened, the same command goes on from here.

@@ -116,7 +116,9 @@ class Settings:
         usual = TrainingOptions.for_preset(self.preset, **self.options)
         return usual.steps or usual.epochs * -(-len(self.open().clips("train")) // usual.batch)
 
-    def trainer(self, method: Method, corpus: Corpus, seed: int, steps: int | None, checkpoint: Path | None = None):
+    def trainer(
+        self, method: Method, corpus: Corpus, seed: int, steps: int | None, checkpoint: Path | None = None
+    ) -> Trainer:
         return Trainer(
             self.config(method), self.training_options(seed, steps), corpus, self.run_folder(method, seed),
             self.encoder, checkpoint=checkpoint, device=self.device, basis=self.basis(),

@@ -140,6 +140,14 @@ def test_a_single_file_against_a_single_file(tmp_path, capsys):
     assert row["scores"]["LVE"] == pytest.approx(np.sqrt(3), rel=1e-4)  # float32 near 1: 6e-8 of 1e-3
 
 
+def test_a_file_of_no_frames_per_second_does_not_say_its_rate(tmp_path, capsys):
+    x = np.zeros((4, 7, 3), np.float32)
+    np.savez(tmp_path / "a.npz", vertices=x, template=x[0], fps=np.array(0.0))
+    np.savez(tmp_path / "masks.npz", lips=np.array([1, 2]), upper_face=np.array([0]))
+    code, out, err = run(capsys, tmp_path / "a.npz", tmp_path / "a.npz", "--regions", tmp_path / "masks.npz")
+    assert code == 2 and out == "" and err.count("\n") == 1 and "does not say its frames per second" in err
+
+
 def test_flame_masks_and_codetalkers_index_files_are_regions(tmp_path):
     masks = {
         "lips": np.array([5, 1, 1]),

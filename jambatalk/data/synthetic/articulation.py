@@ -166,10 +166,10 @@ def _dominance(phones: list[Phone], times: np.ndarray, style: Style) -> tuple[np
     if not segments:
         return np.zeros(len(times)), np.zeros((len(times), 5))
     table = np.array(segments, np.float64)
-    start, end = table[:, 8], table[:, 9]
-    core = 0.25 * (end - start)
-    ahead = np.maximum(start + core - times[:, None], 0) / (0.050 * style.coarticulation)
-    past = np.maximum(times[:, None] - end + core, 0) / (0.055 * style.coarticulation)
+    starts, ends = table[:, 8], table[:, 9]
+    core = 0.25 * (ends - starts)
+    ahead = np.maximum(starts + core - times[:, None], 0) / (0.050 * style.coarticulation)
+    past = np.maximum(times[:, None] - ends + core, 0) / (0.055 * style.coarticulation)
     open_bell = np.exp(-(ahead + past)) * table[:, 6]
     shape_bell = np.exp(-(ahead + past) * 0.7) * table[:, 7]  # lips round and spread earlier than jaws move
     opening = (open_bell @ table[:, 0]) / np.maximum(open_bell.sum(axis=1), 1e-12)

@@ -27,10 +27,11 @@ import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import soxr
@@ -43,8 +44,8 @@ from jambatalk.data.synthetic.identities import Identity, cast, recorded
 from jambatalk.data.synthetic.labelled import Recording, Speaker, group, join, load_speakers
 from jambatalk.data.synthetic.phones import Phone, tidy
 from jambatalk.data.synthetic.sentences import COMMON, HELD_OUT, SPOKEN, WRITTEN, compose
-from jambatalk.data.synthetic.speech import check_voices, speak
-from jambatalk.face import ARKIT_UNITS, inner_lip_gap, load_head
+from jambatalk.data.synthetic.speech import Voice, check_voices, speak
+from jambatalk.face import ARKIT_UNITS, Head, inner_lip_gap, load_head
 
 FPS = 60
 SAMPLE_RATE = 22000  # that of VOCASET's audio: not 22050
@@ -78,7 +79,7 @@ def write_corpus(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CorpusExists(f"{out}: exists and is not an empty folder")
     people = cast(identities, seed)
-    check_voices([person.voice for person in people])
+    check_voices([person.voice for person in people if isinstance(person.voice, Voice)])
     speakers = load_speakers(recordings) if recordings is not None else []
     head = load_head()
     splits = split(people, sentences)
@@ -162,6 +163,7 @@ def _make(task: tuple[Identity, bool, int, int, int]) -> tuple[str, np.ndarray, 
     index = int(person.name.rpartition("_")[2]) - 1
     text = text_of(index, in_training, number, sentences, seed)
     rng = np.random.default_rng([seed, 3, index, number])
+    assert isinstance(person.voice, Voice)  # recorded people have their sound: _make_recorded
     speech = speak(text, person.voice, seed=int(rng.integers(2**31)))
     samples = soxr.resample(speech.samples.astype(np.float64), speech.rate, SAMPLE_RATE, quality="HQ")
     samples, phones = _pace(samples, speech.phones, rng)
@@ -243,7 +245,11 @@ def _record(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------- the folder
 
 
-def _each(function, tasks: list, jobs: int) -> Iterator:
+Task = TypeVar("Task")
+Made = TypeVar("Made")
+
+
+def _each(function: Callable[[Task], Made], tasks: list[Task], jobs: int) -> Iterator[Made]:
     """function(task) for every task, in order, by `jobs` processes."""
     if jobs <= 1:
         yield from map(function, tasks)
@@ -269,7 +275,9 @@ def _unfinished(out: Path) -> Iterator[Path]:
         raise
 
 
-def _write(folder: Path, people: list[Identity], tasks: list, made: list, head, splits: dict, progress: bool) -> dict:
+def _write(
+    folder: Path, people: list[Identity], tasks: list, made: list, head: Head, splits: dict, progress: bool
+) -> dict:
     """All files but the manifest, which is returned."""
     templates = {person.name: load_head(person.shape).template for person in people}
     rows = sum(len(weights) for *_, weights in made)
@@ -302,7 +310,7 @@ def _write(folder: Path, people: list[Identity], tasks: list, made: list, head, 
         with open(folder / file, "wb") as handle:
             pickle.dump(value, handle, protocol=4)
     np.save(folder / "faces.npy", head.faces)
-    np.savez(folder / "regions.npz", **head.regions)
+    np.savez(folder / "regions.npz", **head.regions)  # type: ignore[arg-type]  # none of them is named allow_pickle
     _write_json(folder / "splits.json", splits)
     _write_json(folder / "phones.json", phones)
     return {
@@ -329,7 +337,7 @@ def _write(folder: Path, people: list[Identity], tasks: list, made: list, head, 
     }
 
 
-def _gap(vertices: np.ndarray, head) -> np.ndarray:
+def _gap(vertices: np.ndarray, head: Head) -> np.ndarray:
     return inner_lip_gap(vertices, head.regions["inner_lip_upper"], head.regions["inner_lip_lower"]).astype(np.float64)
 
 
@@ -364,5 +372,5 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _write_json(path: Path, value) -> None:
+def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

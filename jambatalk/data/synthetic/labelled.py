@@ -79,7 +79,7 @@ def load_speakers(folder: str | Path) -> list[Speaker]:
 def group(recordings: tuple[Recording, ...], rng: np.random.Generator) -> list[tuple[Recording, ...]]:
     """Each recording once, in groups that make clips of useful length: those of at least 2.5 s alone, shorter ones
     together with others, by chance, up to about 5 s."""
-    groups = [(recording,) for recording in recordings if recording.seconds >= SHORTEST]
+    groups: list[tuple[Recording, ...]] = [(recording,) for recording in recordings if recording.seconds >= SHORTEST]
     short = [recording for recording in recordings if recording.seconds < SHORTEST]
     waiting: list[Recording] = []
     for i in rng.permutation(len(short)):

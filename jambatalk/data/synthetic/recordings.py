@@ -28,6 +28,7 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -107,7 +108,7 @@ def hear(samples: np.ndarray) -> tuple[list[list[str]], float]:
 
 
 @functools.cache
-def _recogniser():
+def _recogniser() -> Any:  # hama has no types
     check_packages()
     import hama
 

@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -141,7 +142,7 @@ _LATE = 0.0625  # the durations run this much behind the sound; measured against
 
 
 @functools.lru_cache(maxsize=1)
-def _hibari_engine():
+def _hibari_engine() -> tuple[Any, Any]:  # neither package has types
     """The engine and an inference session that also gives the durations, which the graph computes but does not return.
 
     A protobuf message may be continued by appending bytes: the last output declared here is merged into the graph.
