@@ -71,6 +71,8 @@ def recorded_launches(module: ModuleType, label: str, run: Callable[[], object])
 def _kind(value: torch.Tensor | float | None) -> str:
     if isinstance(value, torch.Tensor):
         return _TYPES[value.dtype] + ":16"
+    if isinstance(value, float):
+        return "fp32"
     if value is None or value == 1:
         return "constexpr"
     return ("i32" if value < 2**31 else "i64") + (":16" if value % 16 == 0 else "")

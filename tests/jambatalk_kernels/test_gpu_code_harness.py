@@ -27,6 +27,17 @@ __global__ void local(const int* x, float* y) {
 
 
 @needs_triton
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [(1e-6, "fp32"), (0.0, "fp32"), (1.0, "fp32"), (1, "constexpr"), (None, "constexpr"), (3, "i32"), (48, "i32:16")],
+)
+def test_arguments_are_compiled_as_what_a_launch_would_make_of_them(value, kind):
+    from jambatalk_kernels.triton_launches import _kind
+
+    assert _kind(value) == kind
+
+
+@needs_triton
 def test_triton_samples():
     codes = gpu_code.compile_triton("gpu_code_samples", 90)
     assert set(codes) == {"wide", "narrow", "spilling"}
