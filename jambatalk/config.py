@@ -20,6 +20,7 @@ ARRANGEMENTS = {  # M: Mamba + MLP; E: Mamba + mixture of experts; T: attention 
 MODELS = {  # name in configurations and on command lines -> module:class
     "jambatalk": "jambatalk.model:JambaTalk",
     "faceformer": "jambatalk.baselines.faceformer:FaceFormer",
+    "codetalker": "jambatalk.baselines.codetalker:CodeTalker",
     "facediffuser": "jambatalk.baselines.facediffuser:FaceDiffuser",
 }
 

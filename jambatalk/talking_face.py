@@ -157,8 +157,14 @@ class TalkingFace(nn.Module):
     # What each model has of its own
 
     def losses(self, lesson: Lesson) -> dict[str, Tensor]:
-        """What a training step minimises, by name; their sum is the loss."""
+        """What a training step minimises, by name; their sum is the loss. One without a gradient is only reported."""
         raise NotImplementedError
+
+    @property
+    def stages(self) -> tuple[float, ...]:
+        """Where each stage of training begins, as a share of the run's steps. `lesson.batch.stage` counts them from 0;
+        the learning rate's schedule and the average of the weights begin anew with each."""
+        return (0.0,)
 
     def roll(
         self,
@@ -258,7 +264,7 @@ class TalkingFace(nn.Module):
             state = None
             # With a basis the animation keeps its coefficients; without one, the hidden vectors that W_out reads.
             basis = self.motion_basis
-            width = self.config.d_model if basis is None else basis.shape[1]
+            width = self.head.in_features if basis is None else basis.shape[1]
             coefficients = np.empty((frames, width), dtype=np.float32)
             pieces = self._features(samples, frames)
             while True:
@@ -369,6 +375,11 @@ def periodic_encoding(period: int, width: int) -> Tensor:
     encoding[:, 0::2] = torch.sin(position * frequency)
     encoding[:, 1::2] = torch.cos(position * frequency)[:, : width // 2]
     return encoding.float()
+
+
+def shift(motion: Tensor) -> Tensor:
+    """(batch, frames, d) -> what each frame is fed with: the motion of the frame before, zero at first."""
+    return torch.cat([torch.zeros_like(motion[:, :1]), motion[:, :-1]], dim=1)
 
 
 def _folder(source: str | os.PathLike) -> Path:

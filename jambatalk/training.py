@@ -14,6 +14,7 @@ them, so their gradient is that of one process with the whole batch. Gradients a
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import json
 import math
@@ -40,7 +41,7 @@ from jambatalk.data.augment import augment
 from jambatalk.data.vocaset import SAMPLING_RATE, Clip, Corpus, CorpusError
 from jambatalk.face.mouth import inner_lip_gap
 from jambatalk.losses import MotionLoss, motion_metric
-from jambatalk.talking_face import CheckpointError, TalkingFace, model_class
+from jambatalk.talking_face import CheckpointError, TalkingFace, model_class, shift
 from jambatalk_kernels.rollout.program import Program, tensors_of
 
 PHONES = (
@@ -226,7 +227,7 @@ class Batch:
     style: Tensor  # (batch,) int64
     generated: Tensor  # (batch, frames) bool
     noise: Tensor | None  # (batch, frames, d)
-    done: float = 0.0  # share of the run's steps that went before
+    stage: int = 0  # of training (`TalkingFace.stages`)
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device; lengths stay, since they are read on the host."""
@@ -260,11 +261,6 @@ def collate(examples: list[Example]) -> Batch:
         generated=torch.zeros_like(valid) if some.generated is None else padded("generated", 0, torch.bool, frames),
         noise=None if some.noise is None else padded("noise", 0, torch.float32, frames),
     )
-
-
-def shift(motion: Tensor) -> Tensor:
-    """(batch, frames, d) -> what each frame is fed with: the motion of the frame before, zero at first."""
-    return torch.cat([torch.zeros_like(motion[:, :1]), motion[:, :-1]], dim=1)
 
 
 class Objective(nn.Module):
@@ -418,6 +414,8 @@ class Trainer:
                 assert model.motion_basis is not None  # it has a rank
                 model.motion_basis.copy_(basis)
         self.model = model
+        self.stage_starts = [round(share * self.steps) for share in model.stages]
+        parallel.find_unused_parameters = len(model.stages) > 1
         fps = config.frame_rate
         self.train_set = MotionSet(corpus, clips, fps, basis)
         self.val_set = MotionSet(corpus, corpus.clips("val"), fps, basis)
@@ -476,7 +474,7 @@ class Trainer:
     def draw(self, step: int) -> Batch:
         """This process's clips of a step. Every epoch visits every clip once, in an order of its own."""
         examples = [self.draw_example(step, i) for i in range(self.rank, self.options.batch, self.processes)]
-        return replace(collate(examples), done=step / self.steps)
+        return replace(collate(examples), stage=self.stage(step))
 
     def draw_example(self, step: int, place: int) -> Example:
         """Clip number `place` of a step: the same whichever process draws it, whatever the others draw."""
@@ -513,11 +511,15 @@ class Trainer:
             across = lambda x: self.accelerator.reduce(x, "mean")  # noqa: E731
         return self.objective(batch.to(self.device), across)
 
+    def stage(self, step: int) -> int:
+        return bisect.bisect_right(self.stage_starts, step) - 1
+
     def learning_rate(self, step: int) -> float:
-        o = self.options
-        rate = o.learning_rate * min(1.0, (step + 1) / max(1, o.warmup))
+        o, stage = self.options, self.stage(step)
+        first, end = self.stage_starts[stage], [*self.stage_starts, self.steps][stage + 1]
+        rate = o.learning_rate * min(1.0, (step - first + 1) / max(1, o.warmup))
         if o.schedule == "cosine":
-            rate *= 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
+            rate *= 0.5 * (1 + math.cos(math.pi * min(1.0, (step - first) / (end - first))))
         return rate
 
     def train_step(self, batch: Batch | None = None) -> dict[str, float]:
@@ -542,6 +544,8 @@ class Trainer:
             )
         self.optimizer.step()
         if self.average is not None:
+            if self.step in self.stage_starts:
+                self.average.n_averaged.zero_()
             self.average.update_parameters(self.model)
         self.step += 1
         return values

@@ -21,9 +21,13 @@ from jambatalk.training import Example, Trainer, TrainingOptions, collate, newes
 
 BASELINES = sorted(set(MODELS) - {"jambatalk"})
 TINY = {
+    "codetalker": dict(
+        d_model=16, heads=2, hidden=16, layers=1, codes=12, code_size=4, components=3,
+        prior_width=24, prior_heads=2, prior_hidden=16, prior_layers=1,
+    ),
     "facediffuser": dict(d_model=16, hidden=16, diffusion_steps=20, sampling_steps=4),
     "faceformer": dict(d_model=16, heads=2, hidden=16),
-}
+}  # fmt: skip
 
 
 def tiny_config(name, **overrides):
@@ -141,4 +145,4 @@ def test_one_clip_can_be_learnt_by_heart(name, tmp_path):
     assert learnt < 0.05 * mean
 
 
-STEPS = {"facediffuser": 400, "faceformer": 400}
+STEPS = {"codetalker": 900, "facediffuser": 400, "faceformer": 400}
