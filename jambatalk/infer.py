@@ -185,6 +185,7 @@ def _read(source: Path, output: Path, arguments: argparse.Namespace) -> tuple[Au
 def _load_model(arguments: argparse.Namespace) -> TalkingFace:
     import torch
 
+    from jambatalk.model import JambaTalk
     from jambatalk.talking_face import TalkingFace
 
     try:
@@ -196,7 +197,10 @@ def _load_model(arguments: argparse.Namespace) -> TalkingFace:
         _check_backend(arguments.backend, device)
     model = TalkingFace.from_pretrained(arguments.model, device=device)
     model.seed = arguments.seed
-    model.weights_dtype = getattr(torch, arguments.weights)
+    if isinstance(model, JambaTalk):
+        model.weights_dtype = getattr(torch, arguments.weights)
+    elif arguments.weights != "float32":
+        raise _Mistake(f"--weights {arguments.weights}: {arguments.model} is a {model.config.model}, without that loop")
     names = [*model.config.subjects, "mean", "unknown", *map(str, range(len(model.config.subjects)))]
     if arguments.subject is not None and arguments.subject not in names:
         known = [*model.config.subjects, "mean", "unknown"]

@@ -36,6 +36,7 @@ class JambaTalk(TalkingFace):
     def __init__(self, config: JambaTalkConfig):
         super().__init__(config)
         d, motion = config.d_model, config.motion_size
+        self.weights_dtype: torch.dtype | None = None  # that the loop rounds its matrices to and keeps them in
         self.motion_in = Linear(motion, d)
         self.style = nn.Embedding(len(config.subjects) + 1, d)  # the last row: "unknown"
         self.decoder = Decoder(config)

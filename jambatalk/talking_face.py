@@ -73,7 +73,6 @@ class TalkingFace(nn.Module):
         super().__init__()
         self.config = config
         self.seed = 0  # of what a model draws when it generates; most draw nothing
-        self.weights_dtype: torch.dtype | None = None  # that JambaTalk's loop rounds its matrices to and keeps them in
         self.encoder = AudioEncoder(config.encoder, config.frame_rate)
         self.audio_projection = Linear(config.encoder.hidden, config.d_model)
 

@@ -90,6 +90,8 @@ def test_the_command_trains_it_and_its_checkpoint_speaks(name, corpus, tmp_path,
     wav = tmp_path / "sound.wav"
     soundfile.write(wav, sound, 16000, subtype="FLOAT")
     assert infer.main([str(wav), "--model", str(out), "-o", str(tmp_path / "face.npy"), "--subject", "id1"]) == 0
+    assert infer.main([str(wav), "--model", str(out), "-o", str(tmp_path / "x.npy"), "--weights", "bfloat16"]) == 2
+    assert f"is a {name}" in capsys.readouterr().err
     made = model.animate(sound, subject="id1").vertices
     assert made.shape == (15, 7, 3) and np.ptp(made, axis=0).max() > 0
     np.testing.assert_array_equal(np.load(tmp_path / "face.npy"), made)
