@@ -49,9 +49,11 @@ def test_nothing_scored_is_said_in_training():
     trained = {corpus.text_of(p, True, n, 40, 0) for p in range(8) for n in range(40)}
     scored = {corpus.text_of(p, False, n, 40, 0) for p in range(8, 12) for n in range(20, 40)}
     assert not trained & scored
-    assert len(trained) > 100 and len(scored) >= 30
+    assert len(trained) == 10 + 8 * 30, "but for the common ones, nobody repeats anybody"
+    assert scored == set(sentences.HELD_OUT)
     assert [corpus.text_of(p, True, 3, 40, 0) for p in (0, 5)] == [sentences.COMMON[3]] * 2
-    assert len({corpus.text_of(p, True, 25, 40, 0) for p in range(8)}) > 4, "own selections"
+    written = {corpus.text_of(p, True, n, 40, 0) for p in range(8) for n in range(10, 18)}
+    assert len(written) == 64 and written <= set(sentences.SPOKEN)
 
 
 def test_people_differ_and_do_not_depend_on_how_many_are_asked_for():

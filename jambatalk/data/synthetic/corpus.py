@@ -43,7 +43,7 @@ from jambatalk.data.synthetic.articulation import articulate
 from jambatalk.data.synthetic.identities import Identity, cast, recorded
 from jambatalk.data.synthetic.labelled import Recording, Speaker, group, join, load_speakers
 from jambatalk.data.synthetic.phones import Phone, tidy
-from jambatalk.data.synthetic.sentences import COMMON, HELD_OUT, SPOKEN, WRITTEN, compose
+from jambatalk.data.synthetic.sentences import COMMON, HELD_OUT, OWN, SPOKEN, compose
 from jambatalk.data.synthetic.speech import Voice, check_voices, speak
 from jambatalk.face import ARKIT_UNITS, Head, inner_lip_gap, load_head
 
@@ -139,19 +139,22 @@ def sequence_name(number: int) -> str:
 def text_of(person: int, in_training: bool, number: int, sentences: int, seed: int) -> str:
     """What identity number `person` says as its sentence `number`.
 
-    The first quarter (at most ten) is common to all; then everyone has an own selection, and from number WRITTEN on own
-    composed sentences. The second half of a held-out identity is text that nobody says in training.
+    The first quarter (at most ten) is common to all; then come OWN of the written sentences, other ones for other
+    people as long as there are any, and then composed ones. The second half of a held-out identity is text that nobody
+    says in training.
     """
-    rng = np.random.default_rng([seed, 2, person])
-    own, unseen = rng.permutation(len(SPOKEN)), rng.permutation(len(HELD_OUT))
-    common = min(sentences // 4, len(COMMON))
-    if not in_training and number >= sentences // 2:
-        return HELD_OUT[unseen[(number - sentences // 2) % len(HELD_OUT)]]
+    common, half = min(sentences // 4, len(COMMON)), sentences // 2
+    if not in_training and number >= half:
+        return _dealt(HELD_OUT, person * (sentences - half) + number - half, seed)
     if number < common:
         return COMMON[number]
-    if number >= WRITTEN:
-        return compose(np.random.default_rng([seed, 4, person, number]))
-    return SPOKEN[own[(number - common) % len(SPOKEN)]]
+    if number < common + OWN:
+        return _dealt(SPOKEN, person * OWN + number - common, seed)
+    return compose(np.random.default_rng([seed, 4, person, number]))
+
+
+def _dealt(texts: list[str], card: int, seed: int) -> str:
+    return texts[np.random.default_rng([seed, 2]).permutation(len(texts))[card % len(texts)]]
 
 
 # ------------------------------------------------------------------------------------------------------------- one clip

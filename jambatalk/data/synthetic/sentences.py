@@ -1,7 +1,7 @@
 """What the synthetic people say: sentences written for this project, rich in p, b, m and in all vowels.
 
-COMMON is read by everyone; SPOKEN is dealt out differently to every identity. HELD_OUT is only read by the validation
-and test identities, as their second half, so that nothing scored there was heard in training.
+COMMON is read by everyone; SPOKEN is dealt out to the identities. HELD_OUT is only read by the validation and test
+identities, as their second half, so that nothing scored there was heard in training.
 """
 
 import re
@@ -163,9 +163,10 @@ The best map of the moon hangs in her bedroom.
 Number seven, the one by the pump, is empty.
 """.strip().splitlines()
 
-# A corpus of more than WRITTEN sentences an identity goes on with composed ones: grammatical, mostly nonsense, and
-# never the same twice, so that a model must hear what is said instead of knowing it.
-WRITTEN = 40
+# After the common ones and OWN of SPOKEN, which are dealt out so that few people share one, everybody goes on with
+# composed sentences: grammatical, mostly nonsense, and never the same twice, so that a model must hear what is said
+# instead of knowing it.
+OWN = 8
 
 _NAMES = """Abby Ben Bob Carla Chip Dave Emma Fiona Frank George Hugo Ivy Jack Jim Joyce Kim Laura Leo Maggie Max
 Mia Nora Oscar Owen Pam Paul Phoebe Pip Robin Rose Ruth Sam Sheila Shaun Steve Theo Tim Vera Violet Will Zoe""".split()
