@@ -55,8 +55,9 @@ def _row(cases: list[dict], text: str, name: str, peer: str | None) -> str:
         return f"| {text} | not measured | {called} | |"
     ours = case["seconds"]["ours"]
     theirs = case["facts"]["audio_seconds"] if peer is None else case["seconds"][peer]
+    beside = f"{theirs:,.0f} s" if peer is None else time_text(theirs)
     digits = 0 if theirs > 10 * ours else 1
-    return f"| {text} | {time_text(ours)} | {called}: {time_text(theirs)} | {theirs / ours:.{digits}f} |"
+    return f"| {text} | {time_text(ours)} | {called}: {beside} | {theirs / ours:.{digits}f} |"
 
 
 def written(readme: str, files: list[dict]) -> str:

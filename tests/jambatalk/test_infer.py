@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -433,17 +432,18 @@ def test_interrupt(model, here, capsys, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_interrupt_in_earnest(model, here):
-    path = sound("../sounds/long.wav", 600.0, 8000)
+    short, long = sound("../sounds/a.wav"), sound("../sounds/long.wav", 1200.0, 8000)
     process = subprocess.Popen(
-        [sys.executable, "-m", "jambatalk.infer", path, "--model", str(model), "--json"],
+        [sys.executable, "-m", "jambatalk.infer", short, long, "--model", str(model), "--json"],
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # else ignored where a shell runs us with &
     )
-    time.sleep(4)
-    process.send_signal(signal.SIGINT)
+    first = json.loads(process.stdout.readline())
+    process.send_signal(signal.SIGINT)  # in the midst of the second file
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and out == ""
     assert err.strip().splitlines()[-1] == "jambatalk: interrupted" and "Traceback" not in err
-    assert os.listdir() == []
+    assert os.listdir() == [first["output"]]

@@ -369,7 +369,15 @@ def test_inference_tensors_can_be_packed():
 # ---- interruption and memory ----------------------------------------------------------------------------------------
 
 
-def test_interrupt_is_heard_and_the_state_stays_usable():
+@pytest.fixture
+def interruptible():
+    """A shell starts what it puts into the background with SIGINT ignored, and Python leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupt_is_heard_and_the_state_stays_usable(interruptible):
     program = make_program("EMT" * 3, Sizes(d=64, inner=128, hidden=256), dtype=torch.float32)
     inputs = make_inputs(program, batch=1, frames=50)
     _, state = rollout(program, inputs[:, :20], backend="cpu")
