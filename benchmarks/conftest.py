@@ -3,7 +3,6 @@
 pytest benchmarks                      everything that can run here
 pytest benchmarks --results DIR        figures to DIR instead of benchmarks/results
 pytest benchmarks -k forward           figures of other cases stay as they were, where the machine is the same
-pytest benchmarks -k "long_audio and 60" --hour   the one case that is left out otherwise
 """
 
 from __future__ import annotations
@@ -41,7 +40,6 @@ def keep_freed_memory() -> None:
 
 def pytest_addoption(parser):
     parser.addoption("--results", type=Path, default=results.FOLDER, help="folder of the result files")
-    parser.addoption("--hour", action="store_true", help="an hour of audio, too: minutes")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -61,7 +61,6 @@ class TalkingFace(nn.Module):
     """Speech to motion. `encode` and `generate` are its parts; `animate` is what most people want."""
 
     config_class: ClassVar[type[TalkingFaceConfig]]
-    whole_clips: ClassVar[bool] = False  # whether `roll` needs all frames of a clip at once
     style: nn.Embedding
     head: nn.Linear
     templates: Tensor  # (subjects, V, 3), as the next two from `set_head`
@@ -174,7 +173,7 @@ class TalkingFace(nn.Module):
         program: Any = None,
     ) -> tuple[Tensor, Any]:
         """Moves by itself, without gradient: features (batch, frames, d) -> hidden (batch, frames, head.in_features),
-        which `head` turns into motion, and the state for the frames that follow (None where `whole_clips`).
+        which `head` turns into motion, and the state for the frames that follow (None of a `WholeClip`).
 
         style: see `style_vector`. state: of the frames before. lengths: (batch,) frames of each sequence; what comes
         beyond does not matter, and does not change what comes before. program: see there.
@@ -300,11 +299,10 @@ class TalkingFace(nn.Module):
     def _features(self, samples: Tensor, frames: int) -> Iterator[tuple[int, Tensor]]:
         """Yields (first frame, features (1, at most CHUNK_FRAMES, d)) in order, in constant memory where the encoder is
         windowed."""
-        if self.whole_clips or self.config.encoder.context == "full":
+        if self.config.encoder.context == "full":
             features = self.encode(samples, frames=frames)
-            size = frames if self.whole_clips else CHUNK_FRAMES
-            for start in range(0, frames, size):
-                yield start, features[:, start : start + size]
+            for start in range(0, frames, CHUNK_FRAMES):
+                yield start, features[:, start : start + CHUNK_FRAMES]
         else:
             for start, hidden in self.encoder.chunks(samples, frames, CHUNK_FRAMES):
                 yield start, self.audio_projection(hidden)
@@ -364,6 +362,28 @@ class TalkingFace(nn.Module):
         model.load_state_dict(tensors)
         model.eval()
         return model if device is None else model.to(device)
+
+
+class WholeClip(TalkingFace):
+    """A model that makes all frames of a clip together: nothing goes from one call to the next."""
+
+    def move(self, features: Tensor, style: Tensor | str | int | None, lengths: Tensor | None) -> Tensor:
+        """The hidden vectors of `roll`."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def roll(
+        self,
+        features: Tensor,
+        style: Tensor | str | int | None = None,
+        state: None = None,
+        lengths: Tensor | None = None,
+        program: None = None,
+    ) -> tuple[Tensor, None]:
+        return self.move(features, style, lengths), None
+
+    def _features(self, samples: Tensor, frames: int) -> Iterator[tuple[int, Tensor]]:
+        yield 0, self.encode(samples, frames=frames)
 
 
 def periodic_encoding(period: int, width: int) -> Tensor:

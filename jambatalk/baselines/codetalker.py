@@ -55,7 +55,7 @@ from torch.nn.functional import leaky_relu
 from jambatalk.baselines.faceformer import BiasedLayer
 from jambatalk.config import ConfigError, TalkingFaceConfig, presets
 from jambatalk.linear import Linear
-from jambatalk.talking_face import TalkingFace, periodic_encoding, shift
+from jambatalk.talking_face import WholeClip, periodic_encoding, shift
 
 if TYPE_CHECKING:
     from jambatalk.training import Lesson
@@ -104,13 +104,12 @@ CodeTalkerConfig.PRESETS = presets(
 )  # fmt: skip
 
 
-class CodeTalker(TalkingFace):
+class CodeTalker(WholeClip):
     """Both stages on our encoder. `head` is D's last layer."""
 
     config_class = CodeTalkerConfig
     config: CodeTalkerConfig
     positions: Tensor  # (period, d)
-    whole_clips = True
 
     def __init__(self, config: CodeTalkerConfig):
         super().__init__(config)
@@ -141,7 +140,7 @@ class CodeTalker(TalkingFace):
     def quantise(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """latents (..., C) -> the number of the nearest code of each (...), and that code (..., C)."""
         with torch.autocast(latents.device.type, enabled=False):
-            latents = latents.detach().float()
+            latents = latents.detach().to(self.codebook.dtype)  # not the autocast's
             # |z - c|^2 without |z|^2, which is the same for all codes
             distance = self.codebook.detach().square().sum(-1) - 2 * latents @ self.codebook.detach().T
             numbers = distance.argmin(-1)
@@ -258,18 +257,10 @@ class CodeTalker(TalkingFace):
     def _token(self, history: Tensor, speaker: Tensor, position: Tensor) -> Tensor:
         return self.dropout(self.motion_in(history * self.units) + speaker + position)
 
-    @torch.no_grad()
-    def roll(
-        self,
-        features: Tensor,
-        style: Tensor | str | int | None = None,
-        state: None = None,
-        lengths: Tensor | None = None,
-        program: None = None,
-    ) -> tuple[Tensor, None]:
+    def move(self, features: Tensor, style: Tensor | str | int | None, lengths: Tensor | None) -> Tensor:
         if not features.shape[1]:
-            return features.new_zeros(len(features), 0, self.config.prior_width), None
-        return self.unfold(self.rollout(features, style)[0], lengths), None
+            return features.new_zeros(len(features), 0, self.config.prior_width)
+        return self.unfold(self.rollout(features, style)[0], lengths)
 
 
 class ClipTransformer(nn.Module):

@@ -37,7 +37,7 @@ from torch.nn.functional import silu
 
 from jambatalk.config import ConfigError, TalkingFaceConfig, presets
 from jambatalk.linear import Linear
-from jambatalk.talking_face import TalkingFace
+from jambatalk.talking_face import WholeClip
 
 if TYPE_CHECKING:
     from jambatalk.training import Lesson
@@ -76,13 +76,12 @@ FaceDiffuserConfig.PRESETS = presets(
 )
 
 
-class FaceDiffuser(TalkingFace):
+class FaceDiffuser(WholeClip):
     """The paper's decoder on our encoder."""
 
     config_class = FaceDiffuserConfig
     config: FaceDiffuserConfig
     signal: Tensor  # (diffusion_steps + 1,)
-    whole_clips = True
 
     def __init__(self, config: FaceDiffuserConfig):
         super().__init__(config)
@@ -119,18 +118,10 @@ class FaceDiffuser(TalkingFace):
         hidden, _ = self.gru(torch.cat([features, seen.to(features.dtype)], dim=-1))
         return hidden * self.style_vector(style, len(features))[:, None]
 
-    @torch.no_grad()
-    def roll(
-        self,
-        features: Tensor,
-        style: Tensor | str | int | None = None,
-        state: None = None,
-        lengths: Tensor | None = None,
-        program: None = None,
-    ) -> tuple[Tensor, None]:
+    def move(self, features: Tensor, style: Tensor | str | int | None, lengths: Tensor | None) -> Tensor:
         batch, frames = features.shape[:2]
         if not batch or not frames:
-            return features.new_zeros(batch, frames, self.config.hidden), None
+            return features.new_zeros(batch, frames, self.config.hidden)
         counts = [frames] * batch if lengths is None else lengths.tolist()
         generators = [torch.Generator().manual_seed(self.seed) for _ in counts]
 
@@ -146,7 +137,7 @@ class FaceDiffuser(TalkingFace):
             if before:
                 clean, noised, spread = posterior(float(self.signal[t]), float(self.signal[before]))
                 x = clean * self.head(hidden) + noised * x + spread * noise()
-        return hidden, None
+        return hidden
 
     def sampled_steps(self) -> list[int]:
         """The steps that speech goes through, from T down, evenly spaced."""
@@ -171,8 +162,8 @@ def posterior(signal: float, before: float) -> tuple[float, float, float]:
 
 
 def step_encoding(t: Tensor) -> Tensor:
-    """(batch,) steps -> (batch, STEP_WIDTH): sines and cosines of t at frequencies 1 ... 1/10000."""
+    """(batch,) steps -> (batch, STEP_WIDTH) float64: sines and cosines of t at frequencies 1 ... 1/10000."""
     half = STEP_WIDTH // 2
-    frequency = torch.exp(torch.arange(half, device=t.device) * (-math.log(10000.0) / (half - 1)))
+    frequency = torch.exp(torch.arange(half, dtype=torch.float64, device=t.device) * (-math.log(10000.0) / (half - 1)))
     angle = t[:, None] * frequency
     return torch.cat([torch.sin(angle), torch.cos(angle)], dim=-1)

@@ -40,7 +40,7 @@ from torch.nn.functional import relu
 
 from jambatalk.config import ConfigError, TalkingFaceConfig, presets
 from jambatalk.linear import Linear, linear
-from jambatalk.talking_face import TalkingFace, periodic_encoding
+from jambatalk.talking_face import WholeClip, periodic_encoding
 
 if TYPE_CHECKING:
     from jambatalk.training import Lesson
@@ -67,13 +67,12 @@ class FaceFormerConfig(TalkingFaceConfig):
 FaceFormerConfig.PRESETS = presets(biwi=dict(d_model=128, hidden=256), demo=dict(d_model=128, hidden=256))
 
 
-class FaceFormer(TalkingFace):
+class FaceFormer(WholeClip):
     """The paper's decoder on our encoder."""
 
     config_class = FaceFormerConfig
     config: FaceFormerConfig
     positions: Tensor  # (period, d)
-    whole_clips = True
 
     def __init__(self, config: FaceFormerConfig):
         super().__init__(config)
@@ -132,16 +131,8 @@ class FaceFormer(TalkingFace):
         index = torch.arange(features.shape[1], device=features.device) % self.config.period
         return self.style_vector(style, len(features))[:, None] + self.positions[index]
 
-    @torch.no_grad()
-    def roll(
-        self,
-        features: Tensor,
-        style: Tensor | str | int | None = None,
-        state: None = None,
-        lengths: Tensor | None = None,
-        program: None = None,
-    ) -> tuple[Tensor, None]:
-        return self.rollout(features, style), None
+    def move(self, features: Tensor, style: Tensor | str | int | None, lengths: Tensor | None) -> Tensor:
+        return self.rollout(features, style)
 
 
 class BiasedLayer(nn.Module):

@@ -38,7 +38,7 @@ def gru(x, h, weights):
 @torch.no_grad()
 def test_two_frames_worked_out_by_hand():
     """One number for the audio, one for the noised motion, one in each layer of the GRU."""
-    model = make(vertices=1, d_model=1, hidden=1, noise=0.5, subjects=["ann"])
+    model = make(vertices=1, d_model=1, hidden=1, noise=0.5, subjects=["ann"]).double()
     for parameter in model.parameters():
         parameter.zero_()
     model.motion_in.weight.copy_(torch.tensor([[1.0, -2.0, 0.5]]))
@@ -67,9 +67,10 @@ def test_two_frames_worked_out_by_hand():
         h1 = gru((audio, x), h1, first)
         h2 = gru((h1,), h2, second)
         expected.append([-2 * h2, 2 * -2 * h2 + 0.5, 2 * h2 + 1])
-    features = torch.tensor([[[1.0], [-0.5]]])
-    hidden = model.denoise(features, torch.tensor([noised]), torch.tensor([t]), torch.tensor([0]))
-    torch.testing.assert_close(model.head(hidden), torch.tensor([expected]), rtol=1e-5, atol=1e-6)
+    features, noised = (torch.tensor([x], dtype=torch.float64) for x in ([[1.0], [-0.5]], noised))
+    hidden = model.denoise(features, noised, torch.tensor([t]), torch.tensor([0]))
+    expected = torch.tensor([expected], dtype=torch.float64)
+    torch.testing.assert_close(model.head(hidden), expected)
 
 
 def test_the_schedule_and_the_posterior_by_hand():
@@ -93,11 +94,11 @@ def test_the_schedule_and_the_posterior_by_hand():
 @pytest.mark.parametrize("sampling, times", [(None, list(range(10, 0, -1))), (4, [10, 8, 5, 3])])
 def test_generation_is_denoising_of_its_own_samples(sampling, times):
     """The chain by hand, each step fed with what the one before left."""
-    model = make(sampling_steps=sampling)
-    features, style = torch.randn(1, 7, 8), torch.tensor([1])
+    model = make(sampling_steps=sampling).double()
+    features, style = torch.randn(1, 7, 8, dtype=torch.float64), torch.tensor([1])
     assert model.sampled_steps() == times
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(7, 6, generator=generator)[None]
+    x = torch.randn(7, 6, generator=generator)[None].double()
     for t, before in zip(times, [*times[1:], 0], strict=True):
         motion = model.head(model.denoise(features, x, torch.tensor([t]), style))
         a, earlier = model.signal[t].item(), model.signal[before].item()
@@ -107,7 +108,7 @@ def test_generation_is_denoising_of_its_own_samples(sampling, times):
             noise = torch.randn(7, 6, generator=generator)[None]
             x = mean + ((1 - earlier) / (1 - a) * (1 - kept)) ** 0.5 * noise
     made, _ = model.generate(features, style)
-    torch.testing.assert_close(made, motion, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(made, motion)
 
 
 def test_the_same_seed_is_the_same_motion():

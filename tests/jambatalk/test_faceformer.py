@@ -26,7 +26,7 @@ def make(**overrides):
 def test_two_frames_worked_out_by_hand():
     """d = 2, one head, period 1. Layer norm of two numbers, with e for its epsilon, is (r, -r) with
     r = h / sqrt(h^2 + e), h half their difference; e = 3 keeps r from being a sign."""
-    model = make(vertices=1, d_model=2, heads=1, hidden=1, period=1, subjects=[])
+    model = make(vertices=1, d_model=2, heads=1, hidden=1, period=1, subjects=[]).double()
     layer = model.layers[0]
 
     def put(linear, weight, bias):
@@ -45,7 +45,7 @@ def test_two_frames_worked_out_by_hand():
     for norm, weight, bias in zip(layer.norms, ([2.0, 1], [1, 1], [1, 4]), ([0.0, 1], [0, 0], [0.5, 0]), strict=True):
         put(norm, weight, bias)
         norm.eps = 3.0
-    audio = torch.tensor([[[5.0, 0.0], [1.0, -2.0]]])
+    audio = torch.tensor([[[5.0, 0.0], [1.0, -2.0]]], dtype=torch.float64)
 
     def r(h):
         return h / math.sqrt(h * h + 3)
@@ -70,10 +70,10 @@ def test_two_frames_worked_out_by_hand():
     second = (d + 0.5, -4 * d)
     motion_1 = (second[0], second[1], second[0] + second[1] + 1)
 
-    expected = torch.tensor([[motion_0, motion_1]])
+    expected = torch.tensor([[motion_0, motion_1]], dtype=torch.float64)
     made, _ = model.generate(audio, torch.tensor([0]))
-    torch.testing.assert_close(made, expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(model.decode(audio, shift(expected), torch.tensor([0])), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(made, expected)
+    torch.testing.assert_close(model.decode(audio, shift(expected), torch.tensor([0])), expected)
 
 
 def test_the_periodic_bias_by_hand():
@@ -100,20 +100,21 @@ def test_a_layer_is_torchs_decoder_layer_with_the_papers_masks():
     theirs.self_attn.in_proj_bias.copy_(nn.init.normal_(ours.qkv.bias))
     theirs.multihead_attn.in_proj_weight[16:] = ours.audio_value.weight
     theirs.multihead_attn.in_proj_bias[16:] = nn.init.normal_(ours.audio_value.bias)
-    x, audio = torch.randn(2, frames, 8), torch.randn(2, frames, 8)
+    ours, theirs = ours.double(), theirs.double()
+    x, audio = torch.randn(2, 2, frames, 8, dtype=torch.float64)
     bias = ours.bias(torch.arange(frames), torch.arange(frames)).repeat(2, 1, 1)
     alignment = ~torch.eye(frames, dtype=torch.bool)
     expected = theirs(x, audio, tgt_mask=bias, memory_mask=alignment)
-    torch.testing.assert_close(ours(x, audio), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours(x, audio), expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"motion_rank": 4}, {"layers": 3}])
 def test_generation_is_the_parallel_pass_on_its_own_output(options):
-    model = make(**options)
-    features, style = torch.randn(2, 11, 8), torch.tensor([0, 2])
+    model = make(**options).double()
+    features, style = torch.randn(2, 11, 8, dtype=torch.float64), torch.tensor([0, 2])
     made, _ = model.generate(features, style)
     again = model.decode(features, shift(made), style)
-    torch.testing.assert_close(made, again, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(made, again)
     still = model.decode(features, torch.zeros_like(made), style)
     assert not torch.allclose(still, made, atol=1e-2), "what is fed back matters"
     assert model.generate(features[:, :0], style)[0].shape == (2, 0, model.config.motion_size)
