@@ -22,6 +22,8 @@ MAX_HEAD_DIM = 256
 # Up to so many tiles of queries the keys are rotated by each of them while it loads them; beyond, once and for all in
 # a launch of its own.
 ROTATE_ON_LOAD_TILES = 2
+# A tile of queries with so many features in all would not fit the registers while it is rotated.
+ROTATED_FIRST = 128 * 256
 
 _LARGE_SHARED = ((8, 0), (9, 0), (10, 0))  # more than 99 KB of shared memory for one program
 _WARP_GROUPS = ((9, 0), (10, 0))  # matrix instructions that read both operands from shared memory
@@ -38,7 +40,8 @@ class Tile(NamedTuple):
 
 class ForwardPlan(NamedTuple):
     tile: Tile
-    rotate_on_load: bool
+    rotate_keys_on_load: bool
+    rotate_queries_on_load: bool
 
 
 class BackwardPlan(NamedTuple):
@@ -81,11 +84,13 @@ def forward_plan(
     chosen = _least_rows(length * group, groups, block_m, device)
     if chosen < block_m:
         warps = max(4 if width <= 128 else warps, warps * chosen // block_m)
-    rotate_on_load = capacity == 0 and _cdiv(length * group, chosen) <= ROTATE_ON_LOAD_TILES
-    if rotate_on_load:  # what a rotation reads takes registers
+    keys_on_load = capacity == 0 and _cdiv(length * group, chosen) <= ROTATE_ON_LOAD_TILES
+    if keys_on_load:  # what a rotation reads takes registers
         block_n, stages = min(block_n, 32 if width <= 64 else 16), 1
+    if capacity and itemsize == 4:  # and so does reading from a ring
+        warps = 8
     tile = Tile(chosen, min(block_n, max(16, next_power_of_2(capacity + length))), warps, stages)
-    return ForwardPlan(tile, rotate_on_load)
+    return ForwardPlan(tile, keys_on_load, chosen * width < ROTATED_FIRST)
 
 
 def backward_plan(

@@ -354,10 +354,10 @@ def _forward_kernel(
     cos_b, cos_t, cos_h, cos_d, sin_b, sin_t, sin_h, sin_d,
     cache_k_b, cache_k_t, cache_k_h, cache_k_d, cache_v_b, cache_v_t, cache_v_h, cache_v_d, position_b,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, CACHED: tl.constexpr,
-    ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROTATE: tl.constexpr, ROTATE_QUERIES: tl.constexpr, INTERLEAVED: tl.constexpr, SAVE: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """scale is in units of log2. Without ROTATE, k is already rotated."""
+    """scale is in units of log2. Without ROTATE, k is already rotated; without ROTATE_QUERIES, q is."""
     program = tl.program_id(0)
     tile = tiles - 1 - program // groups  # the tiles with the most keys start first
     batch = (program % groups // kv_heads).to(tl.int64)
@@ -370,10 +370,13 @@ def _forward_kernel(
     head = kv_head * GROUP + row % GROUP
     cos += batch * cos_b + kv_head * cos_h
     sin += batch * sin_b + kv_head * sin_h
-    queries = load_rotated(
-        q + batch * q_b + wide * q_t + head * q_h, q_d, cos + wide * cos_t, cos_d, sin + wide * sin_t, sin_d,
-        inside, half, INTERLEAVED, BLOCK_D,
-    )  # fmt: skip
+    q += batch * q_b + wide * q_t + head * q_h
+    if ROTATE_QUERIES:
+        queries = load_rotated(
+            q, q_d, cos + wide * cos_t, cos_d, sin + wide * sin_t, sin_d, inside, half, INTERLEAVED, BLOCK_D
+        )
+    else:
+        queries = _load_rows(q, q_d, inside, 2 * half, True, EVEN_D, BLOCK_D)
     k += batch * k_b + kv_head * k_h
     v += batch * v_b + kv_head * v_h
     if CACHED:
@@ -783,8 +786,10 @@ def attention_forward(
     capacity = 0 if cache is None else cache[0].shape[1]
     device = device_of(q.get_device())
     plan = heuristics.forward_plan(length, capacity, group, groups, head_dim, q.element_size(), device)
-    if not plan.rotate_on_load:
+    if not plan.rotate_keys_on_load:
         k, _ = _rotate(k, cos, sin, interleaved, 1)
+    if not plan.rotate_queries_on_load:
+        q, _ = _rotate(q, cos, sin, interleaved, group)
     starts, stops = _packing(cu_seqlens, length)
     tiles = triton.cdiv(length * group, plan.tile.block_m)
     block_d = heuristics.padded_head_dim(head_dim)
@@ -793,10 +798,10 @@ def attention_forward(
         length, kv_heads, head_dim // 2, groups, tiles, min(window or 0, capacity + length), capacity, scale * LOG2_E,
         *q.stride(), *k.stride(), *v.stride(), *cos.stride(), *sin.stride(), *_cache_strides(cache),
         GROUP=group, CAUSAL=causal, WINDOW=window is not None and window < capacity + length,
-        PACKED=cu_seqlens is not None, CACHED=cache is not None, ROTATE=plan.rotate_on_load, INTERLEAVED=interleaved,
-        SAVE=save, PRECISION=_precision(q), EVEN_D=block_d == head_dim,
-        BLOCK_M=plan.tile.block_m, BLOCK_N=plan.tile.block_n, BLOCK_D=block_d, num_warps=plan.tile.num_warps,
-        num_stages=plan.tile.num_stages,
+        PACKED=cu_seqlens is not None, CACHED=cache is not None, ROTATE=plan.rotate_keys_on_load,
+        ROTATE_QUERIES=plan.rotate_queries_on_load, INTERLEAVED=interleaved, SAVE=save, PRECISION=_precision(q),
+        EVEN_D=block_d == head_dim, BLOCK_M=plan.tile.block_m, BLOCK_N=plan.tile.block_n, BLOCK_D=block_d,
+        num_warps=plan.tile.num_warps, num_stages=plan.tile.num_stages,
     )  # fmt: skip
     return y, softmax
 
