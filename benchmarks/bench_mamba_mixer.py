@@ -6,7 +6,10 @@ takes depends on whether freed memory is kept, as this suite does, or not, as a 
 are of the latter, what a user sees, measured in a process of its own; the former is on record beside it. transformers'
 own backward takes half a minute and runs once.
 
-python -m benchmarks.bench_mamba_mixer forward|training       that process: seconds of each, as JSON
+A mixer in training mode, as it is made, hands everything behind its first product to `mamba_inner_fn`. One in
+evaluation mode calls the convolution and the scan, and multiplies by itself: most of the time is PyTorch's then.
+
+python -m benchmarks.bench_mamba_mixer forward|evaluation|training      that process: seconds of each, as JSON
 """
 
 from __future__ import annotations
@@ -68,12 +71,16 @@ def make_inputs(seed):
     return {name: torch.randn(BATCH, LENGTH, size, generator=g) for name, size in sizes.items()}
 
 
-def forward(mixer):
+def forward(mixer, mode=True):
     def call(i):
         with torch.no_grad():
-            return mixer.eval()(i["x"])
+            return mixer.train(mode)(i["x"])
 
     return call
+
+
+def evaluation(mixer):
+    return forward(mixer, mode=False)
 
 
 def training(mixer):
@@ -84,6 +91,9 @@ def training(mixer):
         return torch.autograd.grad(mixer.train()(x), [x, *parameters], i["grad"])
 
     return call
+
+
+PASSES = {"forward": forward, "evaluation": evaluation, "training": training}
 
 
 def projections(mixer):
@@ -101,7 +111,7 @@ def in_a_fresh_process(what: str) -> dict[str, float]:
 
 def mixer_case(what, native, mixer):
     weights = sum(m.weight.numel() for m in mixer.modules() if isinstance(m, torch.nn.Linear))
-    positions, passes = BATCH * LENGTH, {"forward": 1, "forward and backward": 3}[what]
+    positions, passes = BATCH * LENGTH, 3 if what.endswith("backward") else 1
     steps = positions * 2 * WIDTH
     return Case(
         f"transformers MambaMixer {what} d {WIDTH} ({BATCH}, {LENGTH}) float32, {THREADS} threads, {native.cpu_isa()}",
@@ -112,17 +122,18 @@ def mixer_case(what, native, mixer):
     )  # fmt: skip
 
 
-def test_forward(contest, native, mixers):
-    ours, own = mixers
+@pytest.mark.parametrize("what", ["forward", "evaluation"])
+def test_forward(contest, native, mixers, what):
+    ours, own = (PASSES[what](mixer) for mixer in mixers)
     inputs = rotation(make_inputs)
-    torch.testing.assert_close(forward(ours)(inputs[0]), forward(own)(inputs[0]))
-    case = mixer_case("forward", native, ours)
+    torch.testing.assert_close(ours(inputs[0]), own(inputs[0]))
+    case = mixer_case({"evaluation": "forward, evaluation mode"}.get(what, what), native, mixers[0])
     with torch.no_grad():
         contest(
-            case, forward(ours), inputs, {"transformers": forward(own), "two projections": projections(ours)},
+            case, ours, inputs, {"transformers": own, "two projections": projections(mixers[0])},
             threads=dict.fromkeys(("ours", "transformers", "two projections"), THREADS),
         )  # fmt: skip
-    case.seconds.update(in_a_fresh_process("forward"))
+    case.seconds.update(in_a_fresh_process(what))
     seconds = case.seconds
     case.bar(
         "faster than transformers by, memory not kept",
@@ -144,7 +155,7 @@ def test_training(contest, native, mixers):
 
 def main(what: str) -> None:
     torch.set_num_threads(THREADS)
-    call = {"forward": forward, "training": training}[what]
+    call = PASSES[what]
     calls = {name: call(mixer) for name, mixer in zip(("ours", "transformers"), make_mixers(), strict=True)}
     best, inputs = dict.fromkeys(calls, math.inf), itertools.cycle(rotation(make_inputs))
     for turn in range(15):

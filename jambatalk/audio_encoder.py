@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 
 from jambatalk.config import SAMPLING_RATE, AudioEncoderConfig
-from jambatalk.linear import adopt, linear
+from jambatalk_kernels.linear import adopt, linear
 
 if TYPE_CHECKING:
     from transformers import Wav2Vec2Config

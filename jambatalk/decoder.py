@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from jambatalk.config import JambaTalkConfig
-from jambatalk.linear import Linear, linear
 from jambatalk_kernels import (
     KVCache,
     Routing,
@@ -31,6 +30,7 @@ from jambatalk_kernels import (
     rotary_table,
     selective_scan,
 )
+from jambatalk_kernels.linear import Linear, linear
 from jambatalk_kernels.rollout import program as records
 from jambatalk_kernels.rollout.program import MambaState, Program
 from jambatalk_kernels.rollout.program import RolloutState as DecoderState

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from jambatalk.config import JambaTalkConfig
 from jambatalk.decoder import Decoder, DecoderState
-from jambatalk.linear import Linear, linear
 from jambatalk.losses import balance_loss
 from jambatalk.talking_face import BUNDLED, CheckpointError, TalkingFace, periodic_encoding
 from jambatalk_kernels import Routing, rollout
+from jambatalk_kernels.linear import Linear, linear
 from jambatalk_kernels.rollout.program import Program
 
 if TYPE_CHECKING:

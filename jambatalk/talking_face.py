@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from jambatalk.audio_encoder import AudioEncoder
 from jambatalk.config import MODELS, SAMPLING_RATE, ConfigError, TalkingFaceConfig
-from jambatalk.linear import Linear
+from jambatalk_kernels.linear import Linear
 
 if TYPE_CHECKING:
     from typing import Self  # Python 3.11

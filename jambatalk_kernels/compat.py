@@ -29,6 +29,7 @@ from torch import Tensor
 
 from jambatalk_kernels.causal_conv1d.op import causal_conv1d, causal_conv1d_step
 from jambatalk_kernels.checks import check_tensor, values_are_checked
+from jambatalk_kernels.linear import linear
 from jambatalk_kernels.selective_scan.op import selective_scan, selective_scan_step
 from jambatalk_kernels.selective_scan.reference import compute_dtype
 
@@ -244,8 +245,8 @@ def mamba_inner_fn(
 
     x, z = xz.transpose(1, 2).chunk(2, dim=-1)
     u = causal_conv1d(x, conv1d_weight[:, 0], conv1d_bias, activation="silu")
-    projected = F.linear(u, x_proj_weight)
-    delta = F.linear(projected[..., :rank], delta_proj_weight)
+    projected = linear(u, x_proj_weight)
+    delta = linear(projected[..., :rank], delta_proj_weight)
     if dt_rms_weight is not None:
         delta = _rms_norm(delta, dt_rms_weight, b_c_dt_rms_eps)
     # Where both are there, B's rows come first; C's are always the last.
@@ -268,7 +269,7 @@ def mamba_inner_fn(
         delta_softplus,
     )  # fmt: skip
     bias = None if out_proj_bias is None else out_proj_bias.to(out_proj_weight.dtype)
-    return F.linear(y.transpose(1, 2), out_proj_weight, bias)
+    return linear(y.transpose(1, 2), out_proj_weight, bias)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

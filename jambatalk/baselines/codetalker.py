@@ -54,8 +54,8 @@ from torch.nn.functional import leaky_relu
 
 from jambatalk.baselines.faceformer import BiasedLayer
 from jambatalk.config import ConfigError, TalkingFaceConfig, presets
-from jambatalk.linear import Linear
 from jambatalk.talking_face import WholeClip, periodic_encoding, shift
+from jambatalk_kernels.linear import Linear
 
 if TYPE_CHECKING:
     from jambatalk.training import Lesson

@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from jambatalk.config import ConfigError, TalkingFaceConfig, presets
-from jambatalk.linear import Linear
 from jambatalk.talking_face import WholeClip
+from jambatalk_kernels.linear import Linear
 
 if TYPE_CHECKING:
     from jambatalk.training import Lesson

@@ -39,8 +39,8 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from jambatalk.config import ConfigError, TalkingFaceConfig, presets
-from jambatalk.linear import Linear, linear
 from jambatalk.talking_face import WholeClip, periodic_encoding
+from jambatalk_kernels.linear import Linear, linear
 
 if TYPE_CHECKING:
     from jambatalk.training import Lesson

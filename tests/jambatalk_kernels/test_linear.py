@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from jambatalk import linear as module
-from jambatalk.linear import Linear, adopt, linear
+from jambatalk_kernels import linear as module
+from jambatalk_kernels.linear import Linear, adopt, linear
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available() or not module._wide_vectors(),
