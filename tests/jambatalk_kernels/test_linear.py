@@ -1,5 +1,8 @@
 """Dense layers: as PyTorch's, whichever library multiplies; which products go where."""
 
+import math
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -56,6 +59,19 @@ def test_values_and_gradients(products, x, bias):
         assert mine.shape == peer.shape
         rounding = torch.finfo(torch.float32).eps * exact.norm()
         assert (mine - exact).norm() <= 2 * (peer - exact).norm() + rounding
+
+
+@needs_onednn
+def test_columns_of_a_larger_matrix_cost_no_more(products):
+    """oneDNN's reference code takes some hundred times as long as its fast code."""
+    weight, wide = normal(1024, 32).requires_grad_(), normal(600, 64, seed=1)
+    seconds = {}
+    for name, x in [("slice", wide[:, :32]), ("own", wide[:, :32].contiguous())] * 3:
+        begun = time.perf_counter()
+        linear(x, weight).sum().backward()
+        seconds[name] = min(seconds.get(name, math.inf), time.perf_counter() - begun)
+    assert len(products) == 12
+    assert seconds["slice"] < 20 * seconds["own"]
 
 
 @needs_onednn
