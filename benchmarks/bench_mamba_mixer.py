@@ -6,8 +6,9 @@ takes depends on whether freed memory is kept, as this suite does, or not, as a 
 are of the latter, what a user sees, measured in a process of its own; the former is on record beside it. transformers'
 own backward takes half a minute and runs once.
 
-A mixer in training mode, as it is made, hands everything behind its first product to `mamba_inner_fn`. One in
-evaluation mode calls the convolution and the scan, and multiplies by itself: most of the time is PyTorch's then.
+A mixer in training mode, as it is made, hands everything behind its first product to `mamba_inner_fn`: the bar's case.
+One in evaluation mode calls the convolution and the scan, a tenth of its time, and multiplies by itself: a figure
+without a bar, since the nine tenths are PyTorch's in both.
 
 python -m benchmarks.bench_mamba_mixer forward|evaluation|training      that process: seconds of each, as JSON
 """
@@ -137,8 +138,9 @@ def test_forward(contest, native, mixers, what):
     seconds = case.seconds
     case.bar(
         "faster than transformers by, memory not kept",
-        seconds["transformers, memory not kept"] / seconds["ours, memory not kept"], least=6,
-    )  # fmt: skip
+        seconds["transformers, memory not kept"] / seconds["ours, memory not kept"],
+        least=6 if what == "forward" else None,
+    )
     case.note("faster than transformers by", seconds["transformers"] / seconds["ours"])
     case.note("time of the two projections alone", seconds["ours"] / seconds["two projections"])
 
