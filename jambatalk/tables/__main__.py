@@ -153,6 +153,8 @@ def make(
             results = {
                 method.name: [started[method.name, seed].result() for seed in range(seeds)] for method in methods
             }
+        print("speed of generation ...", file=sys.stderr)
+        speeds = {method.name: processes.start(runs.speeds, settings, method, seeds).result() for method in methods}
     return {
         "synthetic": synthetic,
         "data": settings.data.name,
@@ -164,7 +166,10 @@ def make(
         "batch": settings.training_options(0, 1).batch,
         "machine": _machine(settings, jobs),
         "baselines": baselines,
-        "methods": {name: {**plan["methods"][name], "runs": found} for name, found in results.items()},
+        "methods": {
+            name: {**plan["methods"][name], "runs": found, "frames_per_second": speeds[name]}
+            for name, found in results.items()
+        },
     }
 
 

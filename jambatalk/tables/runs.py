@@ -5,7 +5,7 @@ Everything that a run leaves is in one folder, so that the same command goes on 
     plan.json                what was asked for; of each method its cost and the steps of its runs
     basis.safetensors        the motion basis, which all runs share
     baselines.json           the scores of the two predictors that do not train
-    <method>-seed<n>/        a run folder of `jambatalk.train`, with `result.json` when it is scored
+    <method>-seed<n>/        a run folder of `jambatalk.train`, with `result.json` when it is scored, and `speed.json`
 
 A budget is wall time, and wall time does not repeat. So each method is timed once, for `TIMED` steps spread over a
 run, and gets the number of steps that fill its share of the budget at that pace; from then on only that number counts.
@@ -127,6 +127,10 @@ class Settings:
     def run_folder(self, method: Method, seed: int) -> Path:
         return self.out / f"{method.name}-seed{seed}"
 
+    def trained(self, method: Method, seed: int) -> TalkingFace:
+        model = TalkingFace.from_pretrained(self.run_folder(method, seed))
+        return model.to("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+
     def basis(self) -> torch.Tensor | None:
         path = self.out / "basis.safetensors"
         return load_file(path)["basis"] if path.exists() else None
@@ -230,8 +234,7 @@ def peak_memory(on_gpu: bool) -> Iterator[Callable[[], int]]:
 
 def run(settings: Settings, method: Method, seed: int, steps: int, report: Callable[[int], None]) -> dict:
     """Trains, from the newest checkpoint where there is one, and scores: {"steps", "scores": {protocol: {measure:
-    value}}, "frames_per_second"}. Read from `result.json` where the run is finished. report: called with the steps
-    done."""
+    value}}}. Read from `result.json` where the run is finished. report: called with the steps done."""
     folder = settings.run_folder(method, seed)
     if (folder / "result.json").exists():
         return read_json(folder / "result.json")
@@ -243,14 +246,26 @@ def run(settings: Settings, method: Method, seed: int, steps: int, report: Calla
         trainer.run(lambda step, values: report(step))
         del trainer
     report(steps)
-    model = TalkingFace.from_pretrained(folder)
-    if settings.device != "cpu" and torch.cuda.is_available():
-        model.to("cuda")
+    model = settings.trained(method, seed)
     regions = comparison.find_regions(settings.regions, corpus, corpus.vertex_count)
     scores = _score(settings, corpus, regions, {method.name: comparison.FromModel(model)})[method.name]
-    result = {"steps": steps, "scores": scores, "frames_per_second": _speed(model, corpus, settings.split)}
+    result = {"steps": steps, "scores": scores}
     write_json(folder / "result.json", result)
     return result
+
+
+def speeds(settings: Settings, method: Method, seeds: int) -> list[float]:
+    """Of each finished run, frames a second from samples to coefficients, each clip by itself; kept in `speed.json`.
+    One method after the other, as `cost`."""
+    _be_alike(settings)
+    found, clips = [], None
+    for seed in range(seeds):
+        done = settings.run_folder(method, seed) / "speed.json"
+        if not done.exists():
+            clips = clips or [clip.samples for clip in settings.open().clips(settings.split)]
+            write_json(done, _speed(settings.trained(method, seed), clips))
+        found.append(read_json(done))
+    return found
 
 
 def _score(settings: Settings, corpus: Corpus, regions: dict, predictors: dict) -> dict[str, dict[str, dict]]:
@@ -262,9 +277,7 @@ def _score(settings: Settings, corpus: Corpus, regions: dict, predictors: dict) 
     return {name: {one["protocol"]: one["predictors"][name]["scores"] for one in found} for name in predictors}
 
 
-def _speed(model: TalkingFace, corpus: Corpus, split: str) -> float:
-    """Frames a second from samples to coefficients, each clip by itself."""
-    clips = [clip.samples for clip in corpus.clips(split)]
+def _speed(model: TalkingFace, clips: list[np.ndarray]) -> float:
     chosen = np.unique(np.linspace(0, len(clips) - 1, min(SPOKEN, len(clips))).astype(int))
     model.animate(clips[0])
     made = [model.animate(clips[i]) for i in chosen]
