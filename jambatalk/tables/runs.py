@@ -263,8 +263,8 @@ def speeds(settings: Settings, method: Method, seeds: int) -> list[float]:
         done = settings.run_folder(method, seed) / "speed.json"
         if not done.exists():
             clips = clips or [clip.samples for clip in settings.open().clips(settings.split)]
-            write_json(done, _speed(settings.trained(method, seed), clips))
-        found.append(read_json(done))
+            write_json(done, {"frames_per_second": _speed(settings.trained(method, seed), clips)})
+        found.append(read_json(done)["frames_per_second"])
     return found
 
 
