@@ -184,8 +184,10 @@ def plot(tables: Mapping) -> str:
     errors = [error for _, values in points.values() for error in values]
     left, right = math.floor(math.log10(min(speeds)) * 2) / 2, math.ceil(math.log10(max(speeds)) * 2 + 0.2) / 2
     margin = 0.15 * (max(errors) - min(errors)) or 0.1 * max(errors) or 1.0
-    low, high = max(0.0, min(errors) - margin), max(errors) + margin
-    x = lambda speed: 60 + (width - 90) * (math.log10(speed) - left) / (right - left)  # noqa: E731
+    step = _round_step((max(errors) - min(errors) + 2 * margin) / 5)
+    low = max(0.0, math.floor((min(errors) - margin) / step) * step)
+    high = math.ceil((max(errors) + margin) / step) * step
+    x = lambda speed: 60 + (width - 230) * (math.log10(speed) - left) / (right - left)  # noqa: E731
     y = lambda error: height - 46 - (height - 70) * (error - low) / (high - low)  # noqa: E731
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
@@ -196,19 +198,28 @@ def plot(tables: Mapping) -> str:
         if left <= math.log10(speed) <= right:
             parts.append(f'<path d="M{x(speed):.1f} 16V{height - 46}" stroke="#e2dfd8"/>')
             parts.append(f'<text x="{x(speed):.1f}" y="{height - 30}" text-anchor="middle">{speed:g}</text>')
-    for error in np.linspace(low, high, 5):
-        parts.append(f'<path d="M60 {y(error):.1f}H{width - 30}" stroke="#e2dfd8"/>')
+    for error in np.arange(low, high + step / 2, step):
+        parts.append(f'<path d="M60 {y(error):.1f}H{width - 170}" stroke="#e2dfd8"/>')
         parts.append(f'<text x="54" y="{y(error) + 4:.1f}" text-anchor="end">{error:.3g}</text>')
     models = list(dict.fromkeys(name.partition("-")[0] for name in points))
-    for name, (speed, values) in points.items():
+    below = -math.inf  # labels stand in a column on the right, each as high as its mark or under the one above
+    for name, (speed, values) in sorted(points.items(), key=lambda point: -float(np.mean(point[1][1]))):
         colour = COLOURS[models.index(name.partition("-")[0]) % len(COLOURS)]
-        parts.append(f'<path d="M{x(speed):.1f} {y(min(values)):.1f}V{y(max(values)):.1f}" stroke="{colour}"/>')
-        parts.append(f'<circle cx="{x(speed):.1f}" cy="{y(float(np.mean(values))):.1f}" r="5" fill="{colour}"/>')
-        end = x(speed) > 0.75 * width
+        at, middle = x(speed), y(float(np.mean(values)))
+        below = max(middle, below + 14)
+        parts.append(f'<path d="M{at:.1f} {y(min(values)):.1f}V{y(max(values)):.1f}" stroke="{colour}"/>')
+        parts.append(f'<circle cx="{at:.1f}" cy="{middle:.1f}" r="5" fill="{colour}"/>')
         parts.append(
-            f'<text x="{x(speed) + (-9 if end else 9):.1f}" y="{y(float(np.mean(values))) + 4:.1f}" fill="{colour}"'
-            f"{' text-anchor=' + chr(34) + 'end' + chr(34) if end else ''}>{html.escape(title(name))}</text>"
+            f'<path d="M{at:.1f} {middle:.1f}L{width - 160} {below:.1f}h8" fill="none" stroke="{colour}" '
+            'stroke-opacity="0.4"/>'
         )
-    parts.append(f'<text x="{width - 30}" y="{height - 10}" text-anchor="end">frames a second (more is better)</text>')
+        parts.append(f'<text x="{width - 148}" y="{below + 4:.1f}" fill="{colour}">{html.escape(title(name))}</text>')
+    parts.append(f'<text x="{width - 170}" y="{height - 10}" text-anchor="end">frames a second (more is better)</text>')
     parts.append('<text x="60" y="12">LVE, mm (less is better)</text></svg>')
     return "\n".join(parts) + "\n"
+
+
+def _round_step(step: float) -> float:
+    """1, 2 or 5 times a power of ten: the first that is not less."""
+    power = 10.0 ** math.floor(math.log10(step))
+    return power * next(m for m in (1, 2, 5, 10) if m * power >= step * (1 - 1e-9))
