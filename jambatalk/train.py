@@ -145,6 +145,7 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             print(f"stopped at step {trainer.step}: --resume goes on from the last checkpoint", file=sys.stderr)
             return 130
+    trainer.close()
     if main_process:
         print(out / "model.safetensors")
     return 0

@@ -362,8 +362,7 @@ void attention_step_combine(const AttentionCall& call, int64_t task_begin, int64
 
 // ---- tiles ----------------------------------------------------------------------------------------------------------
 
-constexpr int kRowStrip = 4;                            // rows of a product in registers
-constexpr int kColumnVectors = JT_WIDTH == 64 ? 4 : 2;  // and vectors of columns
+constexpr int kColumnVectors = JT_WIDTH == 64 ? 4 : 2;  // of a product in registers, beside kRowStrip rows
 
 // c[r, :] (+)= sum over k < depth of a[r * a_row + k * a_step] b[k, :], for kRowStrip rows and C vectors of columns. What
 // is in c is added last: a sum over many tiles in one long chain would round three times as much.
@@ -499,19 +498,22 @@ struct QueryTile {
   int64_t end_panel() const { return (seen[rows - 1].high + kTileKeys - 1) / kTileKeys; }
 };
 
-// The vectors of a panel that the rows of a strip see, and whether one of the rows sees some of them in part.
+// The keys of a panel that some row of a strip sees, as such and in whole vectors, and whether one of the rows sees only
+// some of these.
 struct StripMask {
-  int64_t begin, end;  // keys of the panel, whole vectors
+  int64_t low, high;
+  int64_t begin, end;
   bool partial;
 };
 template <class L>
 JT_INLINE StripMask strip_mask(const Visible* seen, int64_t base) {
-  int64_t begin = (seen[0].low - base) / L::W * L::W, end = (seen[kRowStrip - 1].high - base + L::W - 1) / L::W * L::W;
-  if (seen[0].low < base) begin = 0;
-  if (end > kTileKeys) end = kTileKeys;
+  int64_t low = seen[0].low - base;
+  if (low < 0) low = 0;
+  const int64_t high = smaller(seen[kRowStrip - 1].high - base, kTileKeys);
+  const int64_t begin = low / L::W * L::W, end = (high + L::W - 1) / L::W * L::W;
   bool partial = false;
   for (int r = 0; r < kRowStrip; ++r) partial |= seen[r].low > base + begin || seen[r].high < base + end;
-  return {begin, end, partial};
+  return {low, high, begin, end, partial};
 }
 
 // Scores of keys [base + j, + W) as one row sees them.
@@ -526,6 +528,57 @@ JT_INLINE typename L::V masked(typename L::V scores, const Visible& seen, int64_
   return L::select_greater(lane, clamp(seen.low - from - 1), scores, nothing);
 }
 
+// What the softmax of some rows has seen so far: the highest scores, the weights' sums by lanes, and the weighted sums of
+// values (rows, pitch). Scores are in units of log2.
+template <class L>
+struct TileSoftmax {
+  typename L::T* top;
+  typename L::V* total;
+  typename L::T* sums;
+
+  void clear(int64_t rows, int64_t pitch) {
+    for (int64_t r = 0; r < rows; ++r) top[r] = kNoScore<typename L::T>, total[r] = typename L::V{};
+    for (int64_t i = 0; i < rows * pitch; ++i) sums[i] = 0;
+  }
+};
+
+// One strip of rows against one panel, whose first key is number `base`: its turned keys, and its values in rows of
+// `pitch`, as the queries are. scores: (kRowStrip, kTileKeys), of this strip.
+template <class L>
+JT_INLINE void attend_panel(const typename L::T* q, int64_t size, int64_t pitch, const typename L::T* keys,
+                            const typename L::T* values, const Visible* seen, int64_t base, typename L::T* scores,
+                            TileSoftmax<L> softmax) {
+  using V = typename L::V;
+  const StripMask mask = strip_mask<L>(seen, base);
+  if (mask.low >= mask.high) return;
+  multiply_rows<L>(q, pitch, 1, keys + mask.begin, kTileKeys, size, scores + mask.begin, kTileKeys,
+                   mask.end - mask.begin, false);
+  for (int64_t r = 0; r < kRowStrip; ++r) {
+    typename L::T *row = scores + r * kTileKeys, *sums = softmax.sums + r * pitch;
+    V highest = L::splat(softmax.top[r]);
+    for (int64_t j = mask.begin; j < mask.end; j += L::W) {
+      V score = L::load(row + j);
+      if (mask.partial) L::store(row + j, score = masked<L>(score, seen[r], base + j));
+      highest = L::max(highest, score);
+    }
+    highest = highest_lane<L>(highest);
+    if (highest[0] > softmax.top[r]) {
+      const V fade = exp2_or_zero<L>(L::splat(softmax.top[r]) - highest);
+      softmax.total[r] *= fade;
+      for (int64_t f = 0; f < pitch; f += L::W) L::store(sums + f, L::load(sums + f) * fade);
+      softmax.top[r] = highest[0];
+    }
+    for (int64_t j = mask.begin; j < mask.end; j += L::W) {
+      const V weights = exp2_or_zero<L>(L::load(row + j) - highest);
+      L::store(row + j, weights);
+      softmax.total[r] += weights;
+    }
+  }
+  // No value beyond those that are seen: it need not be a number.
+  multiply_rows<L>(scores + mask.low, kTileKeys, 1, values + mask.low * pitch, pitch, mask.high - mask.low,
+                   softmax.sums, pitch, pitch, true);
+}
+
 // Tasks: entries * kv_heads * tiles; a tile is a task.
 template <class L>
 void attention_forward(const AttentionCall& call, int64_t task_begin, int64_t task_end) {
@@ -533,11 +586,11 @@ void attention_forward(const AttentionCall& call, int64_t task_begin, int64_t ta
   using V = typename L::V;
   const FlushSubnormals flush;
   const int64_t pitch = call.pitch;
-  Carver carve{(char*)scratch(2 * carved<T>(kTileRows * pitch) + carved<T>(kTileRows * kTileKeys) +
+  Carver carve{(char*)scratch(2 * carved<T>(kTileRows * pitch) + carved<T>(kRowStrip * kTileKeys) +
                               carved<V>(kTileRows) + 2 * carved<T>(pitch))};
   QueryTile<T> tile;
   tile.q = carve.take<T>(kTileRows * pitch);
-  T *sums = carve.take<T>(kTileRows * pitch), *scores = carve.take<T>(kTileRows * kTileKeys), top[kTileRows];
+  T *sums = carve.take<T>(kTileRows * pitch), *scores = carve.take<T>(kRowStrip * kTileKeys), top[kTileRows];
   V* total = carve.take<V>(kTileRows);
   Angles<T> angles{carve.take<T>(pitch), carve.take<T>(pitch)};
   for (int64_t task = task_begin; task < task_end; ++task) {
@@ -545,42 +598,13 @@ void attention_forward(const AttentionCall& call, int64_t task_begin, int64_t ta
     const int64_t turn = task % call.tiles, number = turn % 2 == 0 ? turn / 2 : call.tiles - 1 - turn / 2;
     const int64_t g = task / call.tiles % call.kv_heads, entry = task / call.groups;
     tile.template load<L>(call, angles, entry, g, number);
-    for (int64_t r = 0; r < tile.strips; ++r) top[r] = kNoScore<T>, total[r] = V{};
-    for (int64_t i = 0; i < tile.strips * pitch; ++i) sums[i] = 0;
+    TileSoftmax<L>{top, total, sums}.clear(tile.strips, pitch);
     for (int64_t panel = tile.first_panel(); panel < tile.end_panel(); ++panel) {
-      const int64_t base = panel * kTileKeys;
       const T* keys = panel_at<T>(call, call.turned_keys, entry, g, panel);
       const T* values = panel_at<T>(call, call.value_rows, entry, g, panel);
-      for (int64_t r0 = 0; r0 < tile.strips; r0 += kRowStrip) {
-        const StripMask mask = strip_mask<L>(tile.seen + r0, base);
-        if (mask.begin >= mask.end) continue;
-        multiply_rows<L>(tile.q + r0 * pitch, pitch, 1, keys + mask.begin, kTileKeys, call.size,
-                         scores + r0 * kTileKeys + mask.begin, kTileKeys, mask.end - mask.begin, false);
-        for (int64_t r = r0; r < r0 + kRowStrip; ++r) {
-          T* row = scores + r * kTileKeys;
-          V highest = L::splat(top[r]);
-          for (int64_t j = mask.begin; j < mask.end; j += L::W) {
-            V score = L::load(row + j);
-            if (mask.partial) L::store(row + j, score = masked<L>(score, tile.seen[r], base + j));
-            highest = L::max(highest, score);
-          }
-          highest = highest_lane<L>(highest);
-          if (highest[0] > top[r]) {
-            const V fade = exp2_or_zero<L>(L::splat(top[r]) - highest);
-            total[r] *= fade;
-            for (int64_t f = 0; f < pitch; f += L::W) {
-              L::store(sums + r * pitch + f, L::load(sums + r * pitch + f) * fade);
-            }
-            top[r] = highest[0];
-          }
-          for (int64_t j = mask.begin; j < mask.end; j += L::W) {
-            const V weights = exp2_or_zero<L>(L::load(row + j) - highest);
-            L::store(row + j, weights);
-            total[r] += weights;
-          }
-        }
-        multiply_rows<L>(scores + r0 * kTileKeys + mask.begin, kTileKeys, 1, values + mask.begin * pitch, pitch,
-                         mask.end - mask.begin, sums + r0 * pitch, pitch, pitch, true);
+      for (int64_t r = 0; r < tile.strips; r += kRowStrip) {
+        attend_panel<L>(tile.q + r * pitch, call.size, pitch, keys, values, tile.seen + r, panel * kTileKeys, scores,
+                        {top + r, total + r, sums + r * pitch});
       }
     }
     for (int64_t r = 0; r < tile.rows; ++r) {

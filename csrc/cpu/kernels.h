@@ -211,6 +211,7 @@ struct HeadArray {
 // Attention's tiles: rows are (position, query head of a group), columns are keys. Keys of one batch entry are counted
 // from the oldest that is cached; features are padded to kFeaturePadding.
 constexpr int64_t kTileRows = 64, kTileKeys = 64, kFeaturePadding = 16;
+constexpr int kRowStrip = 4;  // rows of a product in registers
 constexpr int64_t kStepHeads = 4;  // query heads of a step that read a key while it is in the first cache
 
 // Consecutive tiles of rows of one batch entry, and the panels (kTileKeys keys) that they see.
@@ -269,7 +270,7 @@ static inline Visible visible_keys(const AttentionCall& call, int64_t entry, int
 // The rollout. A matrix (out, in) is packed for products with vectors: panels of kPanel outputs, as
 // [out / kPanel][in][kPanel], in bfloat16 [out / kPanel][in / 2][kPanel][2]; `in` is padded to kInputPadding; whatever
 // is padding is zero. Several matrices of one shape (experts) lie one after another.
-constexpr int64_t kPanel = 32, kInputPadding = 4, kHeadPadding = 16;
+constexpr int64_t kPanel = 32, kInputPadding = 4;
 struct PackedMatrix {
   const void* data = nullptr;
   int64_t in = 0, panels = 0;
@@ -295,6 +296,9 @@ struct RolloutLayer {
   void *keys, *values;                        // (batch, capacity, kv_heads, head_dim)
   int64_t capacity;
   int64_t* position;  // (batch,)
+  // This call's copy of the cache, in panels of kTileKeys slots as attention's tiles read them: (kv_heads, panels, 2,
+  // kTileKeys * pitch), turned keys and then rows of values. Query heads of a key-value head come in `strips`.
+  int64_t panels, pitch, strips, cache_offset;  // the offset: in a sequence's caches
   // MLP; a dense one is one expert without a router
   const void* mlp_norm;
   const void* router;  // (experts, padded d), or null
@@ -321,7 +325,8 @@ struct RolloutCall {
   void* feedback_state;  // T (batch, d)
   int64_t* position;     // (batch,)
   // Where the vectors of a sequence are in its memory, `pitch` elements of T in all.
-  int64_t x, normed, first, projected, low, mixed, sums, activated, feedback_vector, probabilities, pitch;
+  int64_t x, normed, first, projected, low, mixed, queries, sums, activated, feedback_vector, probabilities, pitch;
+  int64_t cache_pitch;  // elements of T of a sequence's caches
   int64_t most_slots;   // experts of one token at most
   int64_t list_offset;  // in the routes
 };
@@ -332,6 +337,7 @@ struct RolloutMachine {
   int64_t count;
   int64_t workers;  // how many threads may come; 1: no other than the caller
   void* memory;     // T (count, pitch), zero
+  void* caches;     // T (count, cache_pitch)
   int32_t* routes;  // see rollout_kernel.h
   void (*give_way)();
   alignas(64) uint64_t ticket = 0;  // phase << 32 | tasks of it that are taken

@@ -22,9 +22,13 @@ struct FreeMemory {
 };
 using Memory = std::unique_ptr<void, FreeMemory>;
 
-Memory zeroed_memory(size_t bytes) {
+Memory memory_of(size_t bytes) {
   Memory memory(std::aligned_alloc(64, std::max<size_t>(64, (bytes + 63) / 64 * 64)));
   STD_TORCH_CHECK(memory != nullptr, "rollout: out of memory");
+  return memory;
+}
+Memory zeroed_memory(size_t bytes) {
+  Memory memory = memory_of(bytes);
   std::memset(memory.get(), 0, bytes);
   return memory;
 }
@@ -83,6 +87,8 @@ class Program {
       layer.heads = reader_.number(1, 1 << 12), layer.kv_heads = reader_.number(1, layer.heads);
       layer.head_dim = reader_.number(2, 1 << 12), layer.window = reader_.number(0, int64_t{1} << 40);
       STD_TORCH_CHECK(layer.heads % layer.kv_heads == 0 && layer.head_dim % 2 == 0, "rollout: heads do not fit");
+      layer.pitch = padded(layer.head_dim, kFeaturePadding);
+      layer.strips = padded(layer.heads / layer.kv_heads, kRowStrip) / kRowStrip;
       layer.frequency = static_cast<const double*>(section(layer.head_dim / 2, 8));
       layer.in = matrix((layer.heads + 2 * layer.kv_heads) * layer.head_dim, d, 1);
       layer.out = matrix(d, layer.heads * layer.head_dim, 1);
@@ -129,6 +135,7 @@ void attach_state(Program& program, const std::vector<Tensor>& state, ScalarType
     if (layer.attention) {
       const Tensor &keys = next(), &values = next(), &position = next();
       layer.capacity = keys.dim() == 4 ? keys.size(1) : 0;
+      layer.panels = padded(layer.capacity, kTileKeys) / kTileKeys;
       STD_TORCH_CHECK(layer.capacity >= 1, "rollout: state: the cache has no room");
       layer.keys = state_memory("k", keys, type, {batch, layer.capacity, layer.kv_heads, layer.head_dim});
       layer.values = state_memory("v", values, type, {batch, layer.capacity, layer.kv_heads, layer.head_dim});
@@ -153,14 +160,14 @@ void attach_state(Program& program, const std::vector<Tensor>& state, ScalarType
 void lay_out(Program& program, int64_t element) {
   RolloutCall& call = program.call;
   const int64_t line = 64 / element;
-  int64_t first = 0, projected = 0, low = 0, mixed = 0, sums = 0, activated = 0, experts = 1;
+  int64_t first = 0, projected = 0, low = 0, mixed = 0, rows = 0, activated = 0, experts = 1;
   call.most_slots = 1;
   for (const RolloutLayer& layer : program.layers) {
     first = std::max(first, layer.in.panels * kPanel);
     projected = std::max(projected, layer.x_proj.panels * kPanel);
     low = std::max(low, layer.dt_proj.in);
     mixed = std::max(mixed, std::max(layer.out.in, layer.dt_proj.panels * kPanel));
-    sums = std::max(sums, layer.heads * padded(layer.head_dim, kHeadPadding));
+    rows = std::max(rows, layer.kv_heads * layer.strips * kRowStrip * layer.pitch);
     activated = std::max(activated, layer.top_k * layer.w_in.panels * (kPanel / 2) + kInputPadding);
     experts = std::max(experts, layer.experts);
     call.most_slots = std::max(call.most_slots, layer.top_k);
@@ -174,10 +181,14 @@ void lay_out(Program& program, int64_t element) {
   const int64_t d = padded(call.width, kPanel);
   call.x = take(d), call.normed = take(d), call.feedback_vector = take(d);
   call.first = take(first), call.projected = take(projected), call.low = take(low), call.mixed = take(mixed);
-  call.sums = take(sums);
+  call.queries = take(rows), call.sums = take(rows);
   call.activated = take(activated), call.probabilities = take(call.most_slots + experts);
   for (RolloutLayer& layer : program.layers) {
-    if (layer.attention) continue;
+    if (layer.attention) {
+      layer.cache_offset = call.cache_pitch;
+      call.cache_pitch += layer.kv_heads * layer.panels * 2 * kTileKeys * layer.pitch;
+      continue;
+    }
     const int64_t channels = padded(layer.inner, kPanel);
     layer.conv_offset = take(channels * (layer.width - 1)), layer.scan_offset = take(channels * layer.states);
   }
@@ -226,16 +237,18 @@ void rollout(const Tensor& plan, const Tensor& storage, const Tensor& inputs, co
 
   const int64_t route_size = call.list_offset + 2 * group * call.most_slots;
   const Memory memory = zeroed_memory(size_t(live * call.pitch * element));
+  const Memory caches = memory_of(size_t(live * call.cache_pitch * element));
   const Memory routes = zeroed_memory(size_t(machine_count * route_size) * sizeof(int32_t));
   std::vector<RolloutMachine> machines(static_cast<size_t>(machine_count));
-  char* vectors = static_cast<char*>(memory.get());
+  char *vectors = static_cast<char*>(memory.get()), *panels = static_cast<char*>(caches.get());
   for (size_t i = 0; i < machines.size(); ++i) {
     RolloutMachine& machine = machines[i];
     machine.sequences = dealt[i].data(), machine.count = int64_t(dealt[i].size());
     machine.workers = workers;
-    machine.memory = vectors, machine.routes = static_cast<int32_t*>(routes.get()) + int64_t(i) * route_size;
+    machine.memory = vectors, machine.caches = panels;
+    machine.routes = static_cast<int32_t*>(routes.get()) + int64_t(i) * route_size;
     machine.give_way = [] { std::this_thread::yield(); };
-    vectors += machine.count * call.pitch * element;
+    vectors += machine.count * call.pitch * element, panels += machine.count * call.cache_pitch * element;
   }
   const auto kernel = kernels_for(type).rollout;
   if (workers > 1) {

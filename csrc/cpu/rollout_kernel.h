@@ -11,8 +11,12 @@
 // and one that comes late skips what is over. So a pool that is smaller than it says, or busy, costs time only. Every
 // sum has one order, whoever does it and whatever else is in the batch: the same bytes with any number of threads.
 //
+// Attention is the flash tiles of attention_kernel.h with a frame's query heads as rows. A call begins by copying the
+// visible part of the caches into their panels, and each frame is put into both.
+//
 // Cost per frame: every active weight is read once (memory binds), and per sequence two operations per weight, one
-// exponential per scan state and attention's keys and values.
+// exponential per scan state and attention's keys and values. A call's copy of the caches takes about as long as a
+// frame's attention.
 #pragma once
 
 #include "cpu/attention_kernel.h"
@@ -24,7 +28,6 @@ namespace JT_ISA {
 // How many sequences share one load of the weights, as far as the registers go.
 constexpr int kShare = JT_WIDTH == 64 ? 4 : 2;
 constexpr int64_t kWorthTaking = 8192;  // weights, about a microsecond
-constexpr int kHeads = 4;               // of attention, that read a key while it is in the cache
 constexpr int kSums = 4;                // independent sums per output: rounding and the latency of an addition
 
 JT_INLINE void pause_briefly() {
@@ -191,6 +194,12 @@ class Rollout {
   }
 
   void load_state(int64_t s) {
+    for (int64_t l = 0; l < call_.layer_count; ++l) {
+      const RolloutLayer& layer = call_.layers[l];
+      if (!layer.attention) continue;
+      const int64_t seen = layer.position[row(s)];
+      for (int64_t j = visible(layer, seen); j > 0; --j) put_in_panel(layer, s, (seen - j) % layer.capacity);
+    }
     for_states(s, [&](const RolloutLayer& layer, V* conv, V* scan, int64_t c) {
       load_rows<L>(conv, 0, layer.conv_state, row(s), 0, layer.width - 1, c, layer.inner - c);
       load_transposed<L>(scan, layer.scan_state, row(s), c, layer.states, layer.inner - c);
@@ -406,8 +415,10 @@ class Rollout {
         [&] {
           for (int64_t s = 0; s < live_; ++s) append(layer, s);
         });
-    const int64_t parts = (layer.heads + kHeads - 1) / kHeads;
-    worker_.phase(live_ * parts, 1, [&](int64_t i) { attend_some(layer, i / parts, i % parts * kHeads); }, [] {});
+    // One thread reads a panel once for all strips of its head; several share the strips.
+    const int64_t together = machine_.workers > 1 ? 1 : layer.strips, tasks = layer.kv_heads * layer.strips / together;
+    worker_.phase(
+        live_ * tasks, 1, [&](int64_t i) { attend_strips(layer, i / tasks, i % tasks * together, together); }, [] {});
     project_out(layer);
   }
 
@@ -415,57 +426,78 @@ class Rollout {
   void append(const RolloutLayer& layer, int64_t s) {
     const int64_t half = layer.head_dim / 2, size = layer.kv_heads * layer.head_dim;
     const double position = double(call_.position[row(s)] + frame_);
-    const T scale = T(1 / __builtin_sqrt(double(layer.head_dim)));
     T *q = at(s, call_.first), *k = q + layer.heads * layer.head_dim, *v = k + size;
     int64_t& seen = layer.position[row(s)];
-    const int64_t slot = (row(s) * layer.capacity + seen % layer.capacity) * size;
+    const int64_t slot = seen % layer.capacity, place = (row(s) * layer.capacity + slot) * size;
     for (int64_t i = 0; i < half; ++i) {
       const double angle = position * layer.frequency[i];
       const T cosine = T(__builtin_cos(angle)), sine = T(__builtin_sin(angle));
       for (int64_t h = 0; h < layer.heads + layer.kv_heads; ++h) {
         T *first = q + h * layer.head_dim + i, *second = first + half;
-        const T factor = h < layer.heads ? scale : T(1), a = *first, b = *second;
-        *first = (a * cosine - b * sine) * factor;
-        *second = (a * sine + b * cosine) * factor;
+        const T a = *first, b = *second;
+        *first = a * cosine - b * sine, *second = a * sine + b * cosine;
       }
     }
-    for (int64_t i = 0; i < size; ++i) ((T*)layer.keys)[slot + i] = k[i], ((T*)layer.values)[slot + i] = v[i];
+    const T scale = T(1.4426950408889634 / __builtin_sqrt(double(layer.head_dim)));
+    const int64_t group = layer.heads / layer.kv_heads;
+    for (int64_t h = 0; h < layer.heads; ++h) {
+      T* to = at(s, call_.queries) + (h / group * layer.strips * kRowStrip + h % group) * layer.pitch;
+      for (int64_t f = 0; f < layer.head_dim; ++f) to[f] = q[h * layer.head_dim + f] * scale;
+    }
+    for (int64_t i = 0; i < size; ++i) ((T*)layer.keys)[place + i] = k[i], ((T*)layer.values)[place + i] = v[i];
+    put_in_panel(layer, s, slot);
     ++seen;
   }
 
-  // Some heads of one sequence.
-  void attend_some(const RolloutLayer& layer, int64_t s, int64_t head) {
-    constexpr int64_t kBlock = kKeyVectors * L::W;
-    const int64_t size = layer.head_dim, heads = smaller(kHeads, layer.heads - head);
-    const int64_t seen = layer.position[row(s)], step = layer.kv_heads * size, group = layer.heads / layer.kv_heads;
-    int64_t visible = smaller(seen, layer.capacity);
-    if (layer.window > 0) visible = smaller(visible, layer.window);
-    const int64_t sums_pitch = (size + kHeadPadding - 1) / kHeadPadding * kHeadPadding;
-    OnlineSoftmax<L> softmax[kHeads];
-    for (int64_t h = 0; h < heads; ++h) {
-      softmax[h] = {kNoScore<T>, V{}};
-      T* sums = at(s, call_.sums) + (head + h) * sums_pitch;
-      for (int64_t f = 0; f < sums_pitch; ++f) sums[f] = 0;
+  // Cached keys that a query sees which has seen so many, itself included.
+  static int64_t visible(const RolloutLayer& layer, int64_t seen) {
+    const int64_t there = smaller(seen, layer.capacity);
+    return layer.window > 0 ? smaller(there, layer.window) : there;
+  }
+
+  // Where a panel of one key-value head is among this call's copies of the caches: its keys, turned, and its values.
+  T* panel_of(const RolloutLayer& layer, int64_t s, int64_t g, int64_t panel) const {
+    return (T*)machine_.caches + s * call_.cache_pitch + layer.cache_offset +
+           (g * layer.panels + panel) * 2 * kTileKeys * layer.pitch;
+  }
+
+  void put_in_panel(const RolloutLayer& layer, int64_t s, int64_t slot) {
+    const int64_t size = layer.head_dim, place = (row(s) * layer.capacity + slot) * layer.kv_heads * size;
+    for (int64_t g = 0; g < layer.kv_heads; ++g) {
+      const T *key = (const T*)layer.keys + place + g * size, *value = (const T*)layer.values + place + g * size;
+      T *keys = panel_of(layer, s, g, slot / kTileKeys) + slot % kTileKeys,
+        *values = panel_of(layer, s, g, slot / kTileKeys) + (kTileKeys + slot % kTileKeys) * layer.pitch;
+      for (int64_t f = 0; f < size; ++f) keys[f * kTileKeys] = key[f], values[f] = value[f];
+      for (int64_t f = size; f < layer.pitch; ++f) values[f] = 0;
     }
-    for (int64_t j = 0; j < visible;) {
-      const int64_t slot = (seen - visible + j) % layer.capacity;
-      const int64_t count = smaller(smaller(kBlock, visible - j), layer.capacity - slot);
-      const int64_t place = (row(s) * layer.capacity + slot) * step;
-      with_vectors<L>(size, [&]<int Vectors>() {
-        for (int64_t h = 0; h < heads; ++h) {
-          const int64_t shift = place + (head + h) / group * size;
-          attend_keys<L, Vectors>(at(s, call_.first) + (head + h) * size, (const T*)layer.keys + shift, step,
-                                  (const T*)layer.values + shift, step, count, size, softmax[h],
-                                  at(s, call_.sums) + (head + h) * sums_pitch);
-        }
-      });
-      j += count;
+  }
+
+  // Some strips of query heads of one key-value head and of one sequence: `strip` counts those of all heads.
+  void attend_strips(const RolloutLayer& layer, int64_t s, int64_t strip, int64_t count) {
+    const int64_t size = layer.head_dim, pitch = layer.pitch, group = layer.heads / layer.kv_heads;
+    const int64_t g = strip / layer.strips, first = strip % layer.strips * kRowStrip, rows = count * kRowStrip;
+    const int64_t seen = layer.position[row(s)], keys = visible(layer, seen);
+    const T* queries = at(s, call_.queries) + strip * kRowStrip * pitch;
+    alignas(64) T scores[kRowStrip * kTileKeys];
+    T* sums = at(s, call_.sums) + strip * kRowStrip * pitch;
+    Carver carve{(char*)scratch(carved<T>(rows) + carved<V>(rows))};
+    TileSoftmax<L> softmax{carve.take<T>(rows), carve.take<V>(rows), sums};
+    softmax.clear(rows, pitch);
+    for (int64_t j = 0; j < keys;) {
+      const int64_t slot = (seen - keys + j) % layer.capacity, panel = slot / kTileKeys;
+      const int64_t end = smaller(smaller((panel + 1) * kTileKeys, layer.capacity), slot + keys - j);
+      const Visible range{slot, end}, ranges[kRowStrip] = {range, range, range, range};
+      const T* turned = panel_of(layer, s, g, panel);
+      for (int64_t r = 0; r < rows; r += kRowStrip) {
+        attend_panel<L>(queries + r * pitch, size, pitch, turned, turned + kTileKeys * pitch, ranges, panel * kTileKeys,
+                        scores, {softmax.top + r, softmax.total + r, sums + r * pitch});
+      }
+      j += end - slot;
     }
-    for (int64_t h = 0; h < heads; ++h) {
-      const V factor = L::splat(T(1) / L::sum(softmax[h].total));
-      const T* sums = at(s, call_.sums) + (head + h) * sums_pitch;
-      T* to = at(s, call_.mixed) + (head + h) * size;
-      for (int64_t f = 0; f < size; f += L::W) store_some<L>(to + f, L::load(sums + f) * factor, size - f);
+    for (int64_t r = 0; r < smaller(rows, group - first); ++r) {
+      const V factor = L::splat(T(1) / L::sum(softmax.total[r]));
+      T* to = at(s, call_.mixed) + (g * group + first + r) * size;
+      for (int64_t f = 0; f < size; f += L::W) store_some<L>(to + f, L::load(sums + r * pitch + f) * factor, size - f);
     }
   }
 

@@ -309,7 +309,7 @@ gradient = torch.cat([p.grad.flatten() for p in trainer.parameters])
 mean = trainer.accelerator.reduce(torch.stack(list(losses.values())).detach(), "mean")
 if trainer.rank == 0:
     torch.save((trainer.processes, mean, gradient), {result!r})
-trainer.accelerator.end_training()
+trainer.close()
 """
 
 
