@@ -673,8 +673,8 @@ class Trainer:
     def close(self) -> None:
         """Leave the group of processes, after which this object trains no more. One process needs no close.
 
-        A process that ends while the group's threads still let go of tensors can be aborted by the C++ runtime (they ask
-        for Python's lock, which is gone), and its launcher then calls the whole run failed.
+        A process that ends while the group's threads still let go of tensors can be aborted by the C++ runtime (they
+        ask for Python's lock, which is gone), and its launcher then calls the whole run failed.
         """
         del self.objective  # its hooks hold the group, which joins its threads when nothing holds it
         self.accelerator.free_memory()

@@ -6,6 +6,7 @@ import math
 import gpu_code
 import pytest
 import torch
+from accuracy import assert_accurate, rms_ratio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -63,19 +64,6 @@ def options(causal=True, window=None, scale=None, interleaved=False, cu_seqlens=
 def inside(cu_seqlens, length):
     position = torch.arange(length, device=cu_seqlens.device)
     return (position >= cu_seqlens[0]) & (position < cu_seqlens.max())
-
-
-def rms_ratio(got, want):
-    got, want = got.double(), want.double()
-    return ((got - want).square().mean().sqrt() / want.square().mean().sqrt().clamp_min(1e-300)).item()
-
-
-def assert_accurate(got, exact, peer, bar, name="y"):
-    assert got.shape == exact.shape, name
-    rounding = rms_ratio(exact.to(got.dtype), exact)
-    mine, theirs = rms_ratio(got, exact), rms_ratio(peer, exact)
-    assert mine <= 2 * theirs + 2 * rounding, (name, mine, theirs)
-    assert mine <= max(bar, 2 * rounding), (name, mine)
 
 
 CASES = [  # (batch, length, heads, kv_heads, head_dim), table, options

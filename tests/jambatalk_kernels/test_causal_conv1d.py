@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from accuracy import assert_accurate, rms_ratio
 
 from jambatalk_kernels import causal_conv1d, causal_conv1d_step, native_library
 
@@ -38,13 +39,6 @@ def outputs_and_gradients(named, backend, dtype=None, cu_seqlens=None, activatio
     return {"y": y.detach(), "final": final.detach(), **dict(zip(named, grads, strict=False))}
 
 
-def rms_ratio(got, want):
-    if not got.numel():
-        return 0.0
-    got, want = got.double(), want.double()
-    return ((got - want).square().mean().sqrt() / want.square().mean().sqrt().clamp(min=1e-300)).item()
-
-
 def test_reference_is_torchs_conv1d():
     named = inputs(2, 9, 5, 4)
     y, final = causal_conv1d(**named, activation="silu", return_final_state=True, backend="reference")
@@ -73,10 +67,7 @@ def test_accuracy_rule(dtype, isa):
     peer = outputs_and_gradients(named, "reference", dtype)
     ours = outputs_and_gradients(named, "cpu", dtype)
     for name, want in exact.items():
-        rounding = rms_ratio(want.to(ours[name].dtype), want)
-        mine, theirs = rms_ratio(ours[name], want), rms_ratio(peer[name], want)
-        assert mine <= 2 * theirs + 2 * rounding, (name, mine, theirs)
-        assert mine <= (1e-6 if dtype == torch.float32 else 5e-3), (name, mine)
+        assert_accurate(ours[name], want, peer[name], 1e-6 if dtype == torch.float32 else 5e-3, name)
 
 
 @pytest.mark.parametrize("dtype, tiny", [(torch.float32, 1e-36), (torch.float64, 1e-304)], ids=["float32", "float64"])

@@ -3,6 +3,7 @@
 import gpu_code
 import pytest
 import torch
+from accuracy import assert_accurate, rms_ratio
 from cuda_on_cpu import build
 
 from jambatalk_kernels.causal_conv1d.reference import conv_reference, conv_step_reference
@@ -58,13 +59,6 @@ def of_kernels(ops, named, silu=True, cu_seqlens=None, dtype=None, which=(True, 
     return {"y": y, "final": final} | {k: g for k, g in zip(NAMES, grads, strict=True) if k in named}
 
 
-def rms_ratio(got, want):
-    if not got.numel():
-        return 0.0
-    got, want = got.double(), want.double()
-    return ((got - want).square().mean().sqrt() / want.square().mean().sqrt().clamp(min=1e-300)).item()
-
-
 def assert_same(got, want, bar=1e-13):
     assert got.keys() == want.keys()
     for name in want:
@@ -89,10 +83,7 @@ def test_accuracy_rule(ops, dtype, width):
         exact, peer = of_reference(named), of_reference(named, dtype=dtype)
         ours = of_kernels(ops, named, dtype=dtype)
         for name, want in exact.items():
-            rounding = rms_ratio(want.to(ours[name].dtype), want)
-            mine, theirs = rms_ratio(ours[name], want), rms_ratio(peer[name], want)
-            assert mine <= 2 * theirs + 2 * rounding, (name, mine, theirs)
-            assert mine <= (1e-6 if dtype == torch.float32 else 5e-3), (name, mine)
+            assert_accurate(ours[name], want, peer[name], 1e-6 if dtype == torch.float32 else 5e-3, name)
 
 
 @pytest.mark.parametrize(

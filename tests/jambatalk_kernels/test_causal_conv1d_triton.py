@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from accuracy import assert_accurate, rms_ratio
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
@@ -79,13 +80,6 @@ def ours(named, grads, silu=True, cu=None):
         wanted = (named[name].shape, named[name].dtype) if name in named else ((0,), named["x"].dtype)
         assert (grad.shape, grad.dtype) == wanted, name
     return {"y": y, "final": final, **{k: v for k, v in zip(NAMES, got, strict=True) if k in named}}
-
-
-def rms_ratio(got, want):
-    if not got.numel():
-        return 0.0
-    got, want = got.double(), want.double()
-    return ((got - want).square().mean().sqrt() / want.square().mean().sqrt().clamp(min=1e-300)).item()
 
 
 def assert_same(got, want, what=None):
@@ -183,10 +177,7 @@ def test_accuracy_rule(dtype, packed):
     peer = reference(named, grads, cu=cu)
     for name, got in ours(named, grads, cu=cu).items():
         want = exact[name]
-        rounding = rms_ratio(want.to(got.dtype), want)
-        mine, theirs = rms_ratio(got, want), rms_ratio(peer[name], want)
-        assert mine <= 2 * theirs + 2 * rounding, (name, mine, theirs)
-        assert mine <= (1e-6 if dtype == torch.float32 else 5e-3), (name, mine)
+        assert_accurate(got, want, peer[name], 1e-6 if dtype == torch.float32 else 5e-3, name)
 
 
 @pytest.mark.parametrize("x_dtype", [torch.float64, torch.bfloat16], ids=str)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from accuracy import rms_ratio
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jambatalk_kernels import compat, native_library, use_backend
@@ -34,11 +35,6 @@ def normal(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64).to(
         dtype
     )
-
-
-def rms_ratio(got, want):
-    got, want = got.double(), want.double()
-    return ((got - want).square().mean().sqrt() / want.square().mean().sqrt()).item()
 
 
 # ---- what the calls mean, in plain PyTorch --------------------------------------------------------------------------
@@ -830,7 +826,10 @@ def test_compiles_without_a_graph_break(name):
     }[name]
     torch._dynamo.reset()
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(**named), call(**named), rtol=0, atol=0)
+    if name == "inner":  # PyTorch's own products in it may be given other strides, and so round otherwise
+        assert rms_ratio(compiled(**named), call(**named)) < 1e-13
+    else:
+        torch.testing.assert_close(compiled(**named), call(**named), rtol=0, atol=0)
 
 
 # ---- install --------------------------------------------------------------------------------------------------------
@@ -985,8 +984,8 @@ def run_models() -> dict:
 def models(tmp_path_factory):
     """run_models() here, where nothing is installed, and after install() in a process of its own."""
     path = tmp_path_factory.mktemp("models") / "installed.pt"
-    root = Path(compat.__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    roots = [Path(compat.__file__).parents[1], Path(__file__).parents[1], os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, roots))}
     process = subprocess.Popen([sys.executable, __file__, path], env=environment, stderr=subprocess.PIPE, text=True)
     plain = run_models()
     _, errors = process.communicate(timeout=300)

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from accuracy import assert_accurate, rms_ratio
 
 from jambatalk_kernels import load_balancing_loss, moe_mlp, moe_route, native_library
 from jambatalk_kernels.moe import reference
@@ -53,10 +54,6 @@ def test_native_is_the_reference_in_float64(shape, activation):
         torch.testing.assert_close(got[name], want[name], rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def rmse(got, exact):
-    return ((got.double() - exact).square().mean() / exact.square().mean()).sqrt().item()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_accuracy_rule(dtype, isa):
     """At most twice the error of the same computation in PyTorch, forward and backward."""
@@ -67,9 +64,7 @@ def test_accuracy_rule(dtype, isa):
     exact = everything(*(tensor.double() for tensor in low), 2, backend="reference")
     assert torch.equal(got["experts"], exact["experts"])
     for name in ("y", "weights", "dlogits", "dx", "dw_in", "dw_out"):
-        rounding = torch.finfo(got[name].dtype).eps / 4  # the reference's own: uniform within half a unit, as RMS
-        assert rmse(got[name], exact[name]) <= 2 * rmse(torchs[name], exact[name]) + rounding, name
-        assert rmse(got[name], exact[name]) <= (1e-5 if dtype == torch.float32 else 5e-3), name
+        assert_accurate(got[name], exact[name], torchs[name], 1e-5 if dtype == torch.float32 else 5e-3, name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -86,11 +81,11 @@ def test_a_few_assignments_are_the_same_sum(dtype, activation, isa):
         rounding = torch.finfo(dtype).eps / 4 + 8 * torch.finfo(compute).eps
         exact = reference.moe_mlp_dense(x.double(), routing, w_in.double(), w_out.double(), activation)
         torchs = reference.moe_mlp(x, routing, w_in, w_out, activation)
-        bound = 2 * rmse(torchs, exact) + rounding
+        bound = 2 * rms_ratio(torchs, exact) + rounding
         with torch.no_grad():
             for weights in (w_in, turned):
                 y = moe_mlp(x, routing, weights, w_out, activation=activation, backend="cpu")
-                assert y.dtype == dtype and rmse(y, exact) <= bound
+                assert y.dtype == dtype and rms_ratio(y, exact) <= bound
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

@@ -3,6 +3,7 @@
 import gpu_code
 import pytest
 import torch
+from accuracy import assert_accurate
 from cuda_on_cpu import build
 
 from jambatalk_kernels.moe import reference
@@ -37,11 +38,6 @@ def route(ops, logits, top_k, renormalize=False):
 def cotangents(routing, seed=1):
     floats = (routing.weights, routing.probabilities, routing.probability_sums)
     return [normal(*t.shape, seed=seed + i, dtype=t.dtype) for i, t in enumerate(floats)]
-
-
-def rms_ratio(got, want):
-    got, want = got.double(), want.double()
-    return ((got - want).square().mean().sqrt() / want.square().mean().sqrt().clamp(min=1e-300)).item()
 
 
 def assert_same_routing(got, want, bar):
@@ -100,10 +96,7 @@ def test_accuracy_rule(ops, shape, dtype):
     assert torch.equal(ours["experts"], exact["experts"]) and torch.equal(ours["order"], exact["order"])
     for name in ("weights", "probabilities", "probability_sums", "gradient"):
         want = exact[name].detach()
-        rounding = rms_ratio(want.to(ours[name].dtype), want)
-        mine, theirs = rms_ratio(ours[name], want), rms_ratio(peer[name], want)
-        assert mine <= 2 * theirs + 2 * rounding, (name, mine, theirs)
-        assert mine <= (5e-3 if ours[name].dtype != torch.float32 else 1e-5), (name, mine)
+        assert_accurate(ours[name], want, peer[name], 5e-3 if ours[name].dtype != torch.float32 else 1e-5, name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)

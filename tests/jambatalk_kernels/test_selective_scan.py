@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from accuracy import assert_accurate, rms_ratio
 
 from jambatalk_kernels import native_library, selective_scan, selective_scan_step, use_backend
 from jambatalk_kernels.selective_scan.reference import scan_reference
@@ -48,11 +49,6 @@ def outputs_and_gradients(named, backend, dtype=None, cu_seqlens=None, seed=1):
     weights = [torch.randn(t.shape, generator=g, dtype=torch.float64).to(t.dtype) for t in (y, final)]
     grads = torch.autograd.grad([y, final], list(named.values()), weights, allow_unused=True)
     return {"y": y.detach(), "final": final.detach(), **dict(zip(named, grads, strict=False))}
-
-
-def rms_ratio(got, want):
-    got, want = got.double(), want.double()
-    return ((got - want).square().mean().sqrt() / want.square().mean().sqrt()).item()
 
 
 # ---- the definition -------------------------------------------------------------------------------------------------
@@ -143,10 +139,7 @@ def test_accuracy_rule(dtype, isa):
     bar = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}[dtype]
     for name, want in exact.items():
         assert ours[name].dtype == (torch.float32 if name == "final" else dtype)
-        rounding = rms_ratio(want.to(ours[name].dtype), want)
-        mine, theirs = rms_ratio(ours[name], want), rms_ratio(peer[name], want)
-        assert mine <= 2 * theirs + 2 * rounding, (name, mine, theirs)
-        assert mine <= bar, (name, mine)
+        assert_accurate(ours[name], want, peer[name], bar, name)
         assert torch.equal(ours[name], again[name])
 
 

@@ -6,6 +6,7 @@ import subprocess
 import pytest
 import torch
 import torch.nn.functional as F
+from accuracy import assert_accurate, rms_ratio
 from cuda_on_cpu import build
 
 from jambatalk_kernels.selective_scan.reference import scan_reference, scan_step_reference
@@ -92,13 +93,6 @@ def of_kernels(ops, named, softplus=True, cu_seqlens=None, dtype=None, which=(Tr
     return {"y": y, "final": final} | {k: g for k, g in zip(NAMES, grads, strict=True) if k in named}
 
 
-def rms_ratio(got, want):
-    got, want = got.double(), want.double()
-    scale = want.square().mean().sqrt()
-    error = (got - want).square().mean().sqrt()
-    return (error / scale).item() if scale > 0 else error.item()
-
-
 def close(got, want, bar):
     assert got.keys() == want.keys()
     for name in want:
@@ -127,10 +121,7 @@ def test_accuracy_rule(ops, shape, dtype):
     bar = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}[dtype]
     for name, want in exact.items():
         assert ours[name].dtype == (torch.float32 if name == "final" else dtype)
-        rounding = rms_ratio(want.to(ours[name].dtype), want)
-        mine, theirs = rms_ratio(ours[name], want), rms_ratio(peer[name], want)
-        assert mine <= 2 * theirs + 2 * rounding, (name, mine, theirs)
-        assert mine <= bar, (name, mine)
+        assert_accurate(ours[name], want, peer[name], bar, name)
         assert torch.equal(ours[name], again[name]), name
 
 
