@@ -180,17 +180,23 @@ JT_INLINE typename L::V sigmoid(typename L::V x) {
   return L::splat(1) / (L::splat(1) + exp_negative<L>(x));
 }
 
-// The derivative of softplus, with the same threshold.
+// The derivative of softplus, with the same threshold and the same exponential.
 template <class L>
 JT_INLINE typename L::V softplus_slope(typename L::V x) {
-  return L::select_greater(x, L::splat(20), L::splat(1), sigmoid<L>(x));
+  const typename L::V e = exp_negative<L>(L::abs(x)), part = L::splat(1) / (L::splat(1) + e);
+  return L::select_greater(x, L::splat(20), L::splat(1), L::select_greater(x, L::splat(0), part, e * part));
 }
 
-// From where it is less than 1e-36 on, x stops: times a sigmoid that may not have reached zero it would grow again.
+// From where silu is less than 1e-36 on, its argument stops: times a sigmoid that may not have reached zero it would
+// grow again.
+template <class L>
+JT_INLINE typename L::V silu_argument(typename L::V x) {
+  using K = MathConstants<typename L::T>;
+  return L::max(L::splat((1.0f / 1024 - K::kHigh) * K::kLn2), x);
+}
 template <class L>
 JT_INLINE typename L::V silu(typename L::V x) {
-  using K = MathConstants<typename L::T>;
-  x = L::max(L::splat((1.0f / 1024 - K::kHigh) * K::kLn2), x);
+  x = silu_argument<L>(x);
   if constexpr (requires { L::scale(x, x); }) {
     return x / (L::splat(1) + exp_negative<L>(x));  // vectors divide while they multiply
   } else {

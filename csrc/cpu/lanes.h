@@ -81,7 +81,8 @@ struct Lanes {
     return total;
   }
 #if defined(JT_AVX512)
-  // What common/math.h uses where it is there: x rounded to an integer n, the rest x - n (0 for an infinite x), p * 2^n.
+  // What common/math.h uses where it is there: x rounded to an integer n, the rest x - n (0 for an infinite x), p *
+  // 2^n.
   static JT_INLINE V round(V x)
     requires(sizeof(T) == 4)
   {
@@ -392,8 +393,6 @@ void load_rows(typename L::V* rows, int64_t pitch, const Array& array, int64_t i
     const M* from = (const M*)array.data + i * array.stride[0] + j0 * row + c0 * column;
     if (valid >= R * L::W && column == 1) {
       for (int64_t t = 0; t < count; ++t, from += row) {
-        // The next strip's part of the row, on its way to the L2 cache while this strip is computed.
-        if constexpr (R * L::W * sizeof(M) >= 64) __builtin_prefetch(from + R * L::W, 0, 2);
         for (int r = 0; r < R; ++r) rows[r * pitch + t * step] = load_as<L>(from + r * L::W);
       }
       return;
@@ -406,8 +405,6 @@ void load_rows(typename L::V* rows, int64_t pitch, const Array& array, int64_t i
         for (; t + L::W <= count; t += L::W) {
           V square[L::W];
           for (int k = 0; k < L::W; ++k) square[k] = k < lanes ? load_as<L>(from + k * column + t) : V{};
-          // The next vector of channels, as above.
-          for (int k = 0; k < L::W; ++k) __builtin_prefetch(from + (L::W + k) * column + t, 0, 2);
           transpose<L>(square);
           for (int k = 0; k < L::W; ++k) to[(t + k) * step] = square[k];
         }
@@ -434,8 +431,6 @@ void store_rows(const typename L::V* rows, int64_t pitch, const Array& array, in
         const typename L::V value = rows[r * pitch + t];
         const int64_t lanes = smaller(L::W, valid - r * L::W);
         if (lanes == L::W && column == 1) {
-          // The next strip's part of the row: a store that misses the caches holds up those behind it.
-          __builtin_prefetch(to + (r + R) * L::W, 1, 2);
           store_as<L>(to + r * L::W, value);
         } else {
           for (int k = 0; k < lanes; ++k) to[(r * L::W + k) * column] = Narrow<M>::from(value[k]);
@@ -444,6 +439,30 @@ void store_rows(const typename L::V* rows, int64_t pitch, const Array& array, in
     }
   });
 }
+
+// The strip of channels of some rows that will be loaded or stored next, fetched into the L2 cache line by line while
+// this one is computed: fetch(t) for every row. Asked for all at once they would hold up what is behind them, as a core
+// waits for a dozen or so lines at a time; and rows are pages apart, which the hardware's own prefetching stops at.
+class NextStrip {
+ public:
+  NextStrip() = default;
+  NextStrip(const Array& array, int64_t i, int64_t j0, int64_t c0) {
+    if (array.data == nullptr) return;
+    with_memory_type(array.dtype, [&](auto* type) {
+      const int64_t size = sizeof(*type), row = array.stride[1] * size, column = array.stride[2] * size;
+      from_ = (const char*)array.data + i * array.stride[0] * size + j0 * row + c0 * column;
+      // Where time is contiguous, 16 rows are a line or less of each channel.
+      row_ = row == size ? column : row, rows_ = 16 * row;
+    });
+  }
+  JT_INLINE void fetch(int64_t t) const {
+    if (from_ != nullptr) __builtin_prefetch(from_ + t % 16 * row_ + t / 16 * rows_, 0, 2);
+  }
+
+ private:
+  const char* from_ = nullptr;
+  int64_t row_ = 0, rows_ = 0;
+};
 
 // flat[j * columns + k] = array[i, j0 + j, k]
 template <class T>

@@ -11,8 +11,9 @@ namespace jambatalk {
 namespace {
 
 // As in jambatalk_kernels/selective_scan/op.py (_native_chunk_states). Growing with `states` keeps the saved states
-// within a quarter of the size of u.
-int64_t chunk_length(int64_t states) { return std::max<int64_t>(64, 4 * states); }
+// within half of the size of u; short, so that what backward adds up in a chunk, 2 * chunk * states vectors, and what
+// it remembers of it stay near the core (64 took a tenth longer).
+int64_t chunk_length(int64_t states) { return std::max<int64_t>(32, 2 * states); }
 
 // What the op and its gradient have in common.
 ScanCall describe(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,

@@ -82,6 +82,23 @@ typename L::T* saved_state(const ScanCall& call, int64_t batch, const Piece& pie
          (batch * saved_chunks(call) + piece.begin / call.chunk - 1) * call.states * call.padded_channels + c;
 }
 
+// A strip of channels of one piece of one batch entry.
+struct Block {
+  int64_t batch, begin, channel;
+  NextStrip of(const Array& array) const { return {array, batch, begin, channel}; }
+};
+
+// The block after the one of `task` and `piece` whose strip ends at `channel`: strips first, then pieces, then tasks.
+template <int Step>
+Block next_block(const ScanCall& call, int64_t task, int64_t piece, int64_t channel) {
+  const int64_t last = Step > 0 ? call.piece_count - 1 : 0;
+  if (channel < smaller((task % call.groups + 1) * call.group_channels, call.channels)) {
+    return {task / call.groups, call.pieces[piece].begin, channel};
+  }
+  task += piece == last, piece = piece == last ? call.piece_count - 1 - last : piece + Step;
+  return {task / call.groups, call.pieces[piece].begin, task % call.groups * call.group_channels};
+}
+
 template <class L>
 void scan_forward(const ScanCall& call, int64_t task_begin, int64_t task_end) {
   using T = typename L::T;
@@ -108,6 +125,9 @@ void scan_forward(const ScanCall& call, int64_t task_begin, int64_t task_end) {
       load_matrix<T>(B, call.B, batch, begin, count, N);
       load_matrix<T>(C, call.C, batch, begin, count, N);
       for (int64_t strip = group_begin; strip < group_end; strip += R * L::W) {
+        const Block next = next_block<1>(call, task, p, strip + R * L::W);
+        const NextStrip next_delta = next.of(call.delta), next_u = next.of(call.u), next_z = next.of(call.z),
+                        next_y = next.of(call.y);
         load_rows<L, R>(strip_delta, rows, call.delta, batch, begin, count, strip, group_end - strip);
         load_rows<L, R>(strip_u, rows, call.u, batch, begin, count, strip, group_end - strip);
         if (call.z.data != nullptr) {
@@ -124,6 +144,7 @@ void scan_forward(const ScanCall& call, int64_t task_begin, int64_t task_end) {
             for (int64_t n = 0; n < N; ++n) L::store(saved + n * call.padded_channels, state[n]);
           }
           for (int64_t t = 0; t < count; ++t) {
+            if (r == 0) next_delta.fetch(t), next_u.fetch(t), next_z.fetch(t), next_y.fetch(t);
             V d = delta[t] + bias[k];
             if (call.softplus) d = softplus<L>(d);
             delta[t] = d;
@@ -147,15 +168,15 @@ void scan_forward(const ScanCall& call, int64_t task_begin, int64_t task_end) {
 // The piece's states again, then their gradients in reverse, for S states of one block of channels.
 //   h: in, at the piece's start. carry: gradient of the piece's last state from the future; out, of the state before
 //   it. d_drive += g . B, d_log_decay += g a h A (in units of log2), dA += g a h delta. sum_B, sum_C: (count, states)
-//   vectors. decays, history: scratch, S * count and S * (count + 1) vectors.
+//   vectors, which are from_B and from_C, rows of from_states, and this block's share. decays, history: scratch, S *
+//   count and S * (count + 1) vectors.
 template <class L, int S>
-__attribute__((noinline)) void scan_tile_backward(const typename L::V* delta, const typename L::V* drive,
-                                                  const typename L::V* dy, const typename L::T* B,
-                                                  const typename L::T* C, int64_t states, int64_t count,
-                                                  const typename L::V* A, const typename L::V* h, typename L::V* carry,
-                                                  typename L::V* y, typename L::V* d_drive, typename L::V* d_log_decay,
-                                                  typename L::V* dA, typename L::V* sum_B, typename L::V* sum_C,
-                                                  typename L::V* decays, typename L::V* history) {
+__attribute__((noinline)) void scan_tile_backward(
+    const typename L::V* delta, const typename L::V* drive, const typename L::V* dy, const typename L::T* B,
+    const typename L::T* C, int64_t states, int64_t count, const typename L::V* A, const typename L::V* h,
+    typename L::V* carry, typename L::V* y, typename L::V* d_drive, typename L::V* d_log_decay, typename L::V* dA,
+    const typename L::V* from_B, const typename L::V* from_C, int64_t from_states, typename L::V* sum_B,
+    typename L::V* sum_C, typename L::V* decays, typename L::V* history) {
   using V = typename L::V;
   V rate[S];
   {
@@ -183,8 +204,8 @@ __attribute__((noinline)) void scan_tile_backward(const typename L::V* delta, co
 #pragma GCC unroll 8
     for (int s = 0; s < S; ++s) {
       const V g = grad_y * C[t * states + s] + future[s];
-      sum_C[t * states + s] += grad_y * history[(t + 1) * S + s];
-      sum_B[t * states + s] += g * x;
+      sum_C[t * states + s] = from_C[t * from_states + s] + grad_y * history[(t + 1) * S + s];
+      sum_B[t * states + s] = from_B[t * from_states + s] + g * x;
       to_drive += g * B[t * states + s];
       future[s] = g * decays[t * S + s];
       const V through_decay = future[s] * history[t * S + s];
@@ -207,18 +228,21 @@ void scan_backward(const ScanCall& call, int64_t task_begin, int64_t task_end) {
   const int64_t N = call.states, rows = smaller(call.chunk, call.length);
   const int64_t blocks = (call.group_channels + L::W - 1) / L::W;
   Carver carve{(char*)scratch(3 * carved<V>(blocks * N) + 4 * carved<V>(blocks) + carved<V>(N) +
-                              2 * carved<T>(rows * N) + 2 * carved<V>(rows * N) + 4 * carved<V>(R * rows) +
-                              6 * carved<V>(rows) + carved<V>(rows * kTile) + carved<V>((rows + 1) * kTile))};
+                              2 * carved<T>(rows * N) + 2 * carved<V>(rows * N) + carved<V>(N) +
+                              4 * carved<V>(R * rows) + 8 * carved<V>(rows) + carved<V>(rows * kTile) +
+                              carved<V>((rows + 1) * kTile))};
   V *A = carve.take<V>(blocks * N), *dA = carve.take<V>(blocks * N), *carry = carve.take<V>(blocks * N);
   V *D = carve.take<V>(blocks), *bias = carve.take<V>(blocks), *dD = carve.take<V>(blocks),
     *dbias = carve.take<V>(blocks);
   V* h = carve.take<V>(N);
   T *B = carve.take<T>(rows * N), *C = carve.take<T>(rows * N);
-  V *sum_B = carve.take<V>(rows * N), *sum_C = carve.take<V>(rows * N);
+  V *sum_B = carve.take<V>(rows * N), *sum_C = carve.take<V>(rows * N), *zeros = carve.take<V>(N);
   V *strip_delta = carve.take<V>(R * rows), *strip_u = carve.take<V>(R * rows);
   V *strip_z = carve.take<V>(R * rows), *strip_grad = carve.take<V>(R * rows);
   V *delta = carve.take<V>(rows), *drive = carve.take<V>(rows), *y = carve.take<V>(rows), *dy = carve.take<V>(rows);
   V *d_drive = carve.take<V>(rows), *d_log_decay = carve.take<V>(rows);
+  V *slope = carve.take<V>(rows), *gate = carve.take<V>(rows);
+  for (int64_t n = 0; n < N; ++n) zeros[n] = V{};
   V *decays = carve.take<V>(rows * kTile), *history = carve.take<V>((rows + 1) * kTile);
 
   for (int64_t task = task_begin; task < task_end; ++task) {
@@ -232,8 +256,11 @@ void scan_backward(const ScanCall& call, int64_t task_begin, int64_t task_end) {
       const int64_t begin = piece.begin, count = piece.end - begin, sequence = call.packed ? piece.sequence : batch;
       load_matrix<T>(B, call.B, batch, begin, count, N);
       load_matrix<T>(C, call.C, batch, begin, count, N);
-      for (int64_t i = 0; i < count * N; ++i) sum_B[i] = sum_C[i] = V{};
       for (int64_t strip = group_begin; strip < group_end; strip += R * L::W) {
+        const Block next = next_block<-1>(call, task, p, strip + R * L::W);
+        const NextStrip next_delta = next.of(call.delta), next_u = next.of(call.u), next_z = next.of(call.z),
+                        next_grad = next.of(call.grad_y), next_ddelta = next.of(call.ddelta),
+                        next_du = next.of(call.du), next_dz = next.of(call.dz);
         load_rows<L, R>(strip_delta, rows, call.delta, batch, begin, count, strip, group_end - strip);
         load_rows<L, R>(strip_u, rows, call.u, batch, begin, count, strip, group_end - strip);
         load_rows<L, R>(strip_grad, rows, call.grad_y, batch, begin, count, strip, group_end - strip);
@@ -252,26 +279,34 @@ void scan_backward(const ScanCall& call, int64_t task_begin, int64_t task_end) {
           }
           if (piece.last) load_transposed<L>(carry + k * N, call.grad_final_state, sequence, c, N, group_end - c);
           for (int64_t t = 0; t < count; ++t) {
-            raw[t] += bias[k];
-            delta[t] = call.softplus ? softplus<L>(raw[t]) : raw[t];
+            if (r == 0) next_delta.fetch(t), next_u.fetch(t), next_z.fetch(t), next_grad.fetch(t);
+            const V x = raw[t] + bias[k];
+            delta[t] = x, dy[t] = grad[t];
+            if (call.softplus) delta[t] = softplus<L>(x), slope[t] = softplus_slope<L>(x);
+            if (gated) {
+              const V passed = silu_argument<L>(z[t]);
+              gate[t] = sigmoid<L>(passed);
+              dy[t] *= passed * gate[t];
+            }
             drive[t] = delta[t] * u[t];
-            dy[t] = gated ? grad[t] * silu<L>(z[t]) : grad[t];
             y[t] = D[k] * u[t];
             d_drive[t] = d_log_decay[t] = V{};
           }
+          const bool start = c == group_begin;  // of the sums over the group's channels
           for_tiles(N, [&]<int S>(int64_t n) {
             scan_tile_backward<L, S>(delta, drive, dy, B + n, C + n, N, count, A + k * N + n, h + n, carry + k * N + n,
-                                     y, d_drive, d_log_decay, dA + k * N + n, sum_B + n, sum_C + n, decays, history);
+                                     y, d_drive, d_log_decay, dA + k * N + n, start ? zeros : sum_B + n,
+                                     start ? zeros : sum_C + n, start ? 0 : N, sum_B + n, sum_C + n, decays, history);
           });
           V piece_bias = {}, piece_D = {};  // summed by piece first: less rounding than one long sum
           for (int64_t t = 0; t < count; ++t) {
+            if (r == 0) next_ddelta.fetch(t), next_du.fetch(t), next_dz.fetch(t);
             const V ddelta = d_drive[t] * u[t] + d_log_decay[t] * L::splat(MathConstants<T>::kLn2);
-            raw[t] = call.softplus ? ddelta * softplus_slope<L>(raw[t]) : ddelta;
+            raw[t] = call.softplus ? ddelta * slope[t] : ddelta;
             piece_bias += raw[t];
             piece_D += dy[t] * u[t];
             if (gated) {
-              const V gate = sigmoid<L>(z[t]);
-              z[t] = grad[t] * y[t] * gate * (L::splat(1) + z[t] * (L::splat(1) - gate));
+              z[t] = grad[t] * y[t] * gate[t] * (L::splat(1) + z[t] * (L::splat(1) - gate[t]));
             }
             u[t] = d_drive[t] * delta[t] + D[k] * dy[t];
           }

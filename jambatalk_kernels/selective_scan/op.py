@@ -79,7 +79,7 @@ def selective_scan(
     a second derivative works on ``reference`` and raises on the others.
 
     Cost on ``cpu``: 16 float operations or so per channel, position and state, which is what binds it. Backward saves
-    the inputs and one state per chunk of at least 4 * states positions: O(batch * length * channels), never times
+    the inputs and one state per chunk of at least 2 * states positions: O(batch * length * channels), never times
     states. Strides: any, read in place; nothing is copied beyond a chunk (unit channel stride is the fast layout).
 
     Errors: ``TypeError``/``ValueError`` that name the argument; ``BackendUnavailable`` for a forced backend.
@@ -245,7 +245,7 @@ class _SelectiveScan(torch.autograd.Function):
 # chunk of positions but the first, channels padded.
 def _native_chunk_states(u: Tensor, states: int) -> tuple[int, ...]:
     batch, length, channels = u.shape
-    chunk = (states + 63) // 64 * 64 if u.device.type == "cuda" else max(64, 4 * states)
+    chunk = (states + 63) // 64 * 64 if u.device.type == "cuda" else max(32, 2 * states)
     return batch, max(length - 1, 0) // chunk, states, (channels + 15) // 16 * 16
 
 
