@@ -293,8 +293,9 @@ Tensor rope_attention_step(const Tensor& q, const Tensor& k, const Tensor& v, co
   call.parts = (call.group + kStepHeads - 1) / kStepHeads;
   const int64_t tasks = std::max<int64_t>(1, call.entries * call.kv_heads * call.parts);
   call.splits = std::clamp<int64_t>(kTasks / tasks, 1, std::max<int64_t>(1, call.capacity / kLeastStretch));
-  Tensor partial = new_tensor(type, {tasks, call.splits, kStepHeads, call.pitch + 2});
-  call.partial = partial.mutable_data_ptr();
+  const Memory partial =
+      new_memory(size_t(tasks * call.splits * kStepHeads * (call.pitch + 2)) * (type == ScalarType::Double ? 8 : 4));
+  call.partial = partial.get();
   append(call, kernels);
   call.groups = call.kv_heads * call.parts * call.splits;
   run_tasks(kernels.attention_step, call, kStepHeads * call.capacity / call.splits * (call.pitch / 8 + 3));

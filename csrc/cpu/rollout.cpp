@@ -2,9 +2,7 @@
 // schemas.h; the loop itself in rollout_kernel.h; the packing in jambatalk_kernels/rollout/packing.py.
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <thread>
 
 #include "common/plan.h"
@@ -17,18 +15,8 @@ namespace {
 
 int64_t padded(int64_t size, int64_t to) { return (size + to - 1) / to * to; }
 
-struct FreeMemory {
-  void operator()(void* memory) const { std::free(memory); }
-};
-using Memory = std::unique_ptr<void, FreeMemory>;
-
-Memory memory_of(size_t bytes) {
-  Memory memory(std::aligned_alloc(64, std::max<size_t>(64, (bytes + 63) / 64 * 64)));
-  STD_TORCH_CHECK(memory != nullptr, "rollout: out of memory");
-  return memory;
-}
 Memory zeroed_memory(size_t bytes) {
-  Memory memory = memory_of(bytes);
+  Memory memory = new_memory(bytes);
   std::memset(memory.get(), 0, bytes);
   return memory;
 }
@@ -237,7 +225,7 @@ void rollout(const Tensor& plan, const Tensor& storage, const Tensor& inputs, co
 
   const int64_t route_size = call.list_offset + 2 * group * call.most_slots;
   const Memory memory = zeroed_memory(size_t(live * call.pitch * element));
-  const Memory caches = memory_of(size_t(live * call.cache_pitch * element));
+  const Memory caches = new_memory(size_t(live * call.cache_pitch * element));
   const Memory routes = zeroed_memory(size_t(machine_count * route_size) * sizeof(int32_t));
   std::vector<RolloutMachine> machines(static_cast<size_t>(machine_count));
   char *vectors = static_cast<char*>(memory.get()), *panels = static_cast<char*>(caches.get());

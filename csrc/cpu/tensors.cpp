@@ -6,6 +6,15 @@
 #include <limits>
 
 namespace jambatalk {
+namespace {
+
+void spoil(void* memory, size_t bytes) {
+  const char* check = std::getenv("JAMBATALK_KERNELS_CHECK");
+  // All bits set is NaN in every float format.
+  if (check != nullptr && *check != '\0' && std::strcmp(check, "0") != 0) std::memset(memory, 0xff, bytes);
+}
+
+}  // namespace
 
 Tensor new_tensor(ScalarType type, std::initializer_list<int64_t> sizes) {
   int64_t strides[4], step = 1;
@@ -22,12 +31,15 @@ Tensor new_tensor(ScalarType type, std::initializer_list<int64_t> sizes) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, dtype,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   Tensor tensor(handle);
-  const char* check = std::getenv("JAMBATALK_KERNELS_CHECK");
-  if (check != nullptr && *check != '\0' && std::strcmp(check, "0") != 0) {
-    // All bits set is NaN in every float format.
-    std::memset(tensor.mutable_data_ptr(), 0xff, size_t(step) * tensor.element_size());
-  }
+  spoil(tensor.mutable_data_ptr(), size_t(step) * tensor.element_size());
   return tensor;
+}
+
+Memory new_memory(size_t bytes) {
+  Memory memory(std::aligned_alloc(64, std::max<size_t>(64, (bytes + 63) / 64 * 64)));
+  STD_TORCH_CHECK(memory != nullptr, "out of memory");
+  spoil(memory.get(), bytes);
+  return memory;
 }
 
 void fill_zero(Tensor& tensor) {

@@ -132,7 +132,7 @@ def rope_attention_step(
         return reference.rope_attention_step(*tensors, cache, window, _scale(scale, q), interleaved)
     try:
         y = _STEP[chosen](*tensors, cache.k, cache.v, cache.position, window, _scale(scale, q), interleaved)
-        cache.position += 1
+        cache.position.add_(1)
     except (RuntimeError, TypeError, AttributeError, IndexError):
         _check_attention_step(*tensors, cache, window, scale)
         raise
@@ -141,12 +141,19 @@ def rope_attention_step(
     return y
 
 
+_NO_CUDA = "no CUDA C++ kernel is written for it; Triton's runs on GPUs"
+_ON_CPU: Mapping[str, Reason] = {**candidates("rope_attention", torch.empty(0)), "cuda": _NO_CUDA}
+
+
 def _options(op: str, q: Tensor) -> Mapping[str, Reason]:
-    options = dict(candidates(op, q))
-    options["cuda"] = "no CUDA C++ kernel is written for it; Triton's runs on GPUs"
-    if isinstance(q, Tensor) and (options["triton"] is None or callable(options["triton"])):
-        if q.dtype == torch.float64 or q.shape[-1] > MAX_TRITON_HEAD_DIM:
-            options["triton"] = f"it takes no float64 and head_dim up to {MAX_TRITON_HEAD_DIM}"
+    if not isinstance(q, Tensor):
+        return _ON_CPU
+    too_much = q.dtype == torch.float64 or q.shape[-1:] > (MAX_TRITON_HEAD_DIM,)
+    if q.device.type == "cpu" and not too_much:
+        return _ON_CPU
+    options = {**candidates(op, q), "cuda": _NO_CUDA}
+    if too_much and (options["triton"] is None or callable(options["triton"])):
+        options["triton"] = f"it takes no float64 and head_dim up to {MAX_TRITON_HEAD_DIM}"
     return options
 
 

@@ -19,7 +19,8 @@ needs_onednn = pytest.mark.skipif(
 
 @pytest.fixture
 def products(monkeypatch):
-    """Shapes of the products that oneDNN made."""
+    """Shapes of the products that oneDNN made, on anybody's processor."""
+    monkeypatch.setattr(module, "_intel", lambda: False)
     seen = []
     real = module._Product.forward
 
@@ -110,6 +111,13 @@ def test_only_what_needs_a_gradient_is_computed(products):
 )
 def test_products_that_stay_pytorchs(products, rows, outputs, inputs, dtype):
     x, weight = normal(rows, inputs).to(dtype), normal(outputs, inputs, seed=1).to(dtype)
+    assert torch.equal(linear(x, weight), functional.linear(x, weight))
+    assert not products
+
+
+def test_intels_processors_are_mkls(products, monkeypatch):
+    monkeypatch.setattr(module, "_intel", lambda: True)
+    x, weight = normal(256, 256), normal(256, 256, seed=1)
     assert torch.equal(linear(x, weight), functional.linear(x, weight))
     assert not products
 
