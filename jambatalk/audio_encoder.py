@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import interpolate, layer_norm, pad
 
 from jambatalk.config import SAMPLING_RATE, AudioEncoderConfig
 from jambatalk_kernels.linear import adopt, linear
@@ -85,7 +85,7 @@ class AudioEncoder(nn.Module):
             x = x.transpose(1, 2)
             for layer in layers[first:]:
                 x = strided_products(x, layer.conv)
-                x = layer.activation(layer.layer_norm(x) if each else x)
+                x = normalised(x, layer) if each else layer.activation(x)
         return x
 
     def contextualise(self, features: Tensor, visible: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
@@ -301,6 +301,16 @@ def wav2vec2_architecture(source: str | Path) -> dict[str, Any]:
         layer_drop=hf.layerdrop,
         layer_norm_eps=hf.layer_norm_eps,
     )
+
+
+def normalised(x: Tensor, layer: Any) -> Tensor:
+    """The layer norm and the activation of a convolution's layer, in x's dtype: on a CPU both compute in float32 and
+    round to bfloat16, where autocast would widen these largest of all activations and narrow them again."""
+    norm = layer.layer_norm
+    if x.device.type != "cpu" or x.dtype == norm.weight.dtype:
+        return layer.activation(norm(x))
+    with torch.autocast("cpu", enabled=False):
+        return layer.activation(layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
 
 
 def strided_products(x: Tensor, conv: nn.Conv1d) -> Tensor:

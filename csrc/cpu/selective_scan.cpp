@@ -116,8 +116,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   if (initial_state.has_value()) call.dinitial_state = as_array("dinitial_state", dinitial_state, {sequences, c, n});
 
   // Groups are a matter of the shape alone, not of the number of threads: they decide the order of the sums over
-  // channels. As many as keep the partial sums of dB and dC no larger than u.
-  call.group_channels = group_size(c, std::clamp<int64_t>(c / (2 * n), 1, 16));
+  // channels. Of all batch entries together enough for sixteen threads, but no more than keep the partial sums of dB
+  // and dC as small as u: what a group does once, it does for few channels otherwise.
+  const int64_t wanted = (16 + b - 1) / std::max<int64_t>(b, 1);
+  call.group_channels = group_size(c, std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, c / (2 * n))));
   call.groups = group_count(c, call.group_channels);
   Tensor dA_partial = new_tensor(type, {b, c, n}), dD_partial = new_tensor(type, {b, c}),
          dbias_partial = new_tensor(type, {b, c});
