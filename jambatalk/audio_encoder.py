@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import interpolate, layer_norm, pad
 
 from jambatalk.config import SAMPLING_RATE, AudioEncoderConfig
-from jambatalk_kernels.linear import adopt, linear
+from jambatalk_kernels.linear import adopt, linear_into
 
 if TYPE_CHECKING:
     from transformers import Wav2Vec2Config
@@ -42,6 +42,20 @@ Value = TypeVar("Value")
 
 class EncoderError(ValueError):
     """A Wav2Vec 2.0 checkpoint that cannot be used: one clear line."""
+
+
+class Dropout(nn.Dropout):
+    """`nn.Dropout`, drawn on a CPU four elements to a random number: PyTorch draws one for each, by one thread, which
+    was a twentieth of a training step. p is rounded to a multiple of 2^-16, and what is kept is scaled by that."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        drop = round(self.p * 65536)
+        if not self.training or not 0 < drop < 65536 or x.device.type != "cpu" or not x.is_floating_point():
+            return super().forward(x)
+        count = x.numel()
+        words = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        keep = (words[:count].view(x.shape) >= drop - 32768).to(x.dtype)
+        return x * keep.mul_(65536 / (65536 - drop))
 
 
 class AudioEncoder(nn.Module):
@@ -63,6 +77,9 @@ class AudioEncoder(nn.Module):
         self.layers = encoder.layers
         self.dropout = nn.Dropout(config.dropout)
         adopt(self)
+        for part in self.modules():
+            if type(part) is nn.Dropout:
+                part.__class__ = Dropout
         self.apply(_initialise)
         if config.freeze_front_end:
             self.feature_extractor.requires_grad_(False)
@@ -336,7 +353,7 @@ class _StridedProducts(torch.autograd.Function):
         ctx.sizes = kernel, stride
         y: Tensor | None = None
         for part, rows in _parts(x, weight, kernel, stride):
-            y = linear(part, rows.T, bias) if y is None else y.add_(linear(part, rows.T))
+            y = linear_into(y, part, rows.T, bias if y is None else None, add=y is not None)
         assert y is not None  # a kernel has a tap
         return y
 
@@ -349,13 +366,13 @@ class _StridedProducts(torch.autograd.Function):
             dx = torch.empty_like(x)
             dx[:, dy.shape[1] * stride if kernel >= stride else 0 :] = 0  # what the first part does not reach
             for number, (part, rows) in enumerate(_parts(dx, weight, kernel, stride)):
-                part.add_(linear(dy, rows)) if number else part.copy_(linear(dy, rows))
+                linear_into(part, dy, rows, add=number > 0)
         if ctx.needs_input_grad[1]:
             total = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
             sums = total.split(stride * x.shape[-1])
             for (part, _), rows in zip(_parts(x, weight, kernel, stride), sums, strict=True):
                 for clip, gradient in zip(part, dy, strict=True):
-                    rows += linear(clip.T, gradient.T)
+                    linear_into(rows, clip.T, gradient.T, add=True)
             dweight = total.to(weight.dtype)
         return dx, dweight, dy.sum((0, 1)) if ctx.needs_input_grad[2] else None, None, None
 

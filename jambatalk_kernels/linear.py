@@ -47,6 +47,29 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _Product.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
 
 
+def linear_into(out: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None = None, add: bool = False) -> Tensor:
+    """out = x weight^T + bias, with `add` out + x weight^T; returns out. Not differentiable.
+
+    out (rows, outputs) or (batch, rows, outputs), any strides, x (rows, inputs) or (batch, rows, inputs); None: new
+    memory. PyTorch's own products go where they are to be; oneDNN's are put there.
+    """
+    onednn = _onednn(x, weight, bias)
+    direct = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not onednn
+    if not direct or (out is not None and out.dtype != x.dtype):
+        y = linear(x, weight, bias)
+        return y if out is None else out.add_(y) if add else out.copy_(y)
+    if out is None:
+        out = x.new_empty(*x.shape[:-1], len(weight))
+    for to, rows in zip(out, x, strict=True) if x.dim() == 3 else [(out, x)]:
+        if add:
+            to.addmm_(rows, weight.T)
+        elif bias is None:
+            torch.mm(rows, weight.T, out=to)
+        else:
+            torch.addmm(bias, rows, weight.T, out=to)
+    return out
+
+
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dim() < 2:
         return False

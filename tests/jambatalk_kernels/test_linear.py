@@ -122,6 +122,30 @@ def test_intels_processors_are_mkls(products, monkeypatch):
     assert not products
 
 
+@pytest.mark.parametrize("intel", [False, True], ids=["onednn", "mkl"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [(), (3,)], ids=["one", "batch"])
+def test_products_into_memory_that_is_there(monkeypatch, intel, dtype, batch):
+    """Any strides; the sum of what was there and a product, or a product with a bias; or new memory."""
+    monkeypatch.setattr(module, "_intel", lambda: intel)
+    x, weight, bias = (
+        normal(*batch, 130, 80).to(dtype)[..., 5:70],
+        normal(256, 65, seed=1).to(dtype),
+        normal(256).to(dtype),
+    )
+    wide = normal(*batch, 130, 300, seed=3).to(dtype)
+    before, exact = wide.clone().double(), functional.linear(x.double(), weight.double())
+    out = wide[..., 20:276]
+    for how, want in (
+        (dict(add=True), before[..., 20:276] + exact), (dict(), exact), (dict(bias=bias), exact + bias.double())
+    ):  # fmt: skip
+        assert module.linear_into(out, x, weight, **how) is out
+        assert (out - want).norm() <= 4 * torch.finfo(dtype).eps * want.norm()
+    wide[..., 20:276] = before[..., 20:276].to(dtype)
+    assert torch.equal(wide.double(), before)  # nothing beside it was written
+    assert (module.linear_into(None, x, weight) - exact).norm() <= 4 * torch.finfo(dtype).eps * exact.norm()
+
+
 def test_autocast_and_compilation_are_pytorchs(products):
     x, weight = normal(256, 256), normal(256, 256, seed=1)
     with torch.autocast("cpu", torch.bfloat16):
