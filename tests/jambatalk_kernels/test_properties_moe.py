@@ -5,6 +5,7 @@ crash and no wrong number; whatever is wrong with a call, an error that names th
 test_properties.py.
 """
 
+import math
 import os
 import re
 
@@ -145,6 +146,13 @@ def mlp_cases(draw):
     return (normal(tokens, d), normal(experts, rows, d), normal(experts, d_out, hidden)), logits, top_k, activation
 
 
+def error_of_pytorch(theirs, want):
+    """Nothing is allowed for where PyTorch itself gives NaN for a finite result: seen of a product over no numbers in
+    bfloat16, on a processor with AMX."""
+    error = distance(theirs, want)
+    return 0.0 if math.isnan(error) and want.isfinite().all() else error
+
+
 def mlp_is_right(native, isa, case):
     """At most twice the error of PyTorch in the same dtype, plus a few roundings of the largest number (PyTorch may be
     exact by luck); the same bytes with and without gradients unless so few assignments that they go another way."""
@@ -170,7 +178,7 @@ def mlp_is_right(native, isa, case):
         assert got.shape == want.shape, name
         largest = want.abs().max().item() if want.numel() else 0.0
         rounding = (4 * torch.finfo(dtype).eps + 64 * torch.finfo(compute).eps) * (largest + 1e-3)
-        assert distance(got, want) <= 2 * distance(theirs[name], want) + rounding, name
+        assert distance(got, want) <= 2 * error_of_pytorch(theirs[name], want) + rounding, name
     with torch.no_grad():
         y = moe_mlp(inputs[0], routing, *inputs[1:], activation=activation, backend="cpu")
     if routing.order.numel() > 16:
@@ -178,7 +186,7 @@ def mlp_is_right(native, isa, case):
     else:
         largest = exact["y"].abs().max().item() if y.numel() else 0.0
         rounding = (4 * torch.finfo(dtype).eps + 64 * torch.finfo(compute).eps) * (largest + 1e-3)
-        assert distance(y, exact["y"]) <= 2 * distance(theirs["y"], exact["y"]) + rounding
+        assert distance(y, exact["y"]) <= 2 * error_of_pytorch(theirs["y"], exact["y"]) + rounding
 
 
 @cases(60)
