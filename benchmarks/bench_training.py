@@ -53,9 +53,22 @@ class TheirLayer(nn.Module):
             if name.endswith(("router.weight", "gate_up_proj", "down_proj")):
                 nn.init.uniform_(parameter, -(parameter.shape[-1] ** -0.5), parameter.shape[-1] ** -0.5)
 
-    def forward(self, x: Tensor, valid: Tensor | None = None, state: None = None) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor) -> Tensor:
         y = self.layer(x)
-        return y[0] if isinstance(y, tuple) else y, None
+        return y[0] if isinstance(y, tuple) else y
+
+
+class TheirDecoder(nn.Module):
+    """Their layers on the padded batch, since they know no packing, and our final norm."""
+
+    def __init__(self, config: JambaTalkConfig, norm: nn.Module):
+        super().__init__()
+        self.layers, self.norm = nn.ModuleList(TheirLayer(config, kind) for kind in config.layers), norm
+
+    def forward(self, x: Tensor, valid: Tensor) -> tuple[Tensor, list, None]:
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x), [], None
 
 
 class Step:
@@ -79,7 +92,7 @@ def make_objective(preset: str, theirs: bool = False, sizes: dict | None = None,
     model = JambaTalk(config)
     nn.init.normal_(model.head.weight, std=1e-4)
     if theirs:
-        model.decoder.layers = nn.ModuleList(TheirLayer(config, kind) for kind in config.layers)
+        model.decoder = TheirDecoder(config, model.decoder.norm)
     loss = MotionLoss(torch.ones(config.motion_size))
     return Objective(model, loss, TrainingOptions(**options))
 

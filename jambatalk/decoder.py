@@ -6,7 +6,8 @@
 
 Layers follow Jamba (parity with transformers' is tested), except that attention has rotary positions. The order is the
 paper's Fig. 3, see `config.ARRANGEMENTS`. Everything that later frames need of earlier ones is in a `DecoderState`: the
-whole clip at once, chunks of any size and single frames give the same result.
+whole clip at once, chunks of any size and single frames give the same result. A batch with padding goes through the
+layers packed, without it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from jambatalk.config import JambaTalkConfig
+from jambatalk.packing import Packing
 from jambatalk_kernels import (
     KVCache,
     Routing,
@@ -68,12 +70,13 @@ class MambaMixer(nn.Module):
         """(inner, states), negative, float32 or better."""
         return -torch.exp(self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float())
 
-    def forward(self, x: Tensor, state: MambaState | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: MambaState | None = None, packing: Packing | None = None) -> Tensor:
         """x (batch, length, d) -> (batch, length, d); the state is read and advanced in place."""
         u, z = self.in_proj(x).chunk(2, dim=-1)
         weight = self.conv1d.weight[:, 0]
+        cu_seqlens = None if packing is None else packing.cu_seqlens
         if state is None:
-            u = causal_conv1d(u, weight, self.conv1d.bias, activation="silu")
+            u = causal_conv1d(u, weight, self.conv1d.bias, activation="silu", cu_seqlens=cu_seqlens)
         else:
             u, state.conv = causal_conv1d(
                 u, weight, self.conv1d.bias, activation="silu", initial_state=state.conv, return_final_state=True
@@ -87,7 +90,7 @@ class MambaMixer(nn.Module):
         delta = linear(dt, self.dt_proj.weight)
         arguments = dict(D=self.D, z=z, delta_bias=self.dt_proj.bias, delta_softplus=True)
         if state is None:
-            y = selective_scan(u, delta, self.A, B, C, **arguments)
+            y = selective_scan(u, delta, self.A, B, C, **arguments, cu_seqlens=cu_seqlens)
         else:
             y, state.scan = selective_scan(
                 u, delta, self.A, B, C, **arguments, initial_state=state.scan, return_final_state=True
@@ -125,19 +128,20 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.d_model, config.kv_heads * self.head_dim, bias=False)
         self.o_proj = Linear(config.heads * self.head_dim, config.d_model, bias=False)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None = None, packing: Packing | None = None) -> Tensor:
         """x (batch, length, d) -> (batch, length, d); the cache is read and appended to."""
         batch, length = x.shape[:2]
         q = self.q_proj(x).view(batch, length, self.heads, self.head_dim)
         k = self.k_proj(x).view(batch, length, self.kv_heads, self.head_dim)
         v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_dim)
-        positions = torch.arange(length, device=x.device)
+        positions = torch.arange(length, device=x.device) if packing is None else packing.positions
         if cache is not None:  # each sequence at its own position
             positions = cache.position[:, None] + positions
         cos, sin = self.angles(positions, x.dtype)
         if cache is not None:
             cos, sin = cos[:, :, None], sin[:, :, None]
-        y = rope_attention(q, k, v, cos, sin, window=self.window, cache=cache)
+        cu_seqlens = None if packing is None else packing.cu_seqlens
+        y = rope_attention(q, k, v, cos, sin, window=self.window, cu_seqlens=cu_seqlens, cache=cache)
         return self.o_proj(y.flatten(2))
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -170,7 +174,7 @@ class MLP(nn.Module):
         _uniform(self.w_in)
         _uniform(self.w_out)
 
-    def forward(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
         gate, up = linear(x, self.w_in).chunk(2, dim=-1)
         return linear(silu(gate) * up, self.w_out), None
 
@@ -190,17 +194,10 @@ class Experts(nn.Module):
         _uniform(self.w_in)
         _uniform(self.w_out)
 
-    def forward(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Routing]:
-        """valid (batch, length) bool: padding is not routed, so it neither costs nor counts in the balance."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         tokens = x.flatten(0, 1)
-        chosen = None if valid is None else valid.flatten().nonzero()[:, 0]
-        if chosen is not None:
-            tokens = tokens[chosen]
         routing = moe_route(self.router(tokens), self.top_k)
-        y = moe_mlp(tokens, routing, self.w_in, self.w_out)
-        if chosen is not None:
-            y = y.new_zeros(x.shape[0] * x.shape[1], x.shape[2]).index_copy(0, chosen, y)
-        return y.view_as(x), routing
+        return moe_mlp(tokens, routing, self.w_in, self.w_out).view_as(x), routing
 
     def record(self, norm: nn.RMSNorm) -> records.MoEMLP:
         return records.MoEMLP(norm.weight, self.router.weight, self.w_in, self.w_out, self.top_k)
@@ -218,10 +215,10 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, valid: Tensor | None = None, state: MambaState | KVCache | None = None
+        self, x: Tensor, state: MambaState | KVCache | None = None, packing: Packing | None = None
     ) -> tuple[Tensor, Routing | None]:
-        x = x + self.dropout(self.mixer(self.mixer_norm(x), state))
-        y, routing = self.mlp(self.mlp_norm(x), valid)
+        x = x + self.dropout(self.mixer(self.mixer_norm(x), state, packing))
+        y, routing = self.mlp(self.mlp_norm(x))
         return x + self.dropout(y), routing
 
     def record(self) -> records.Layer:
@@ -242,23 +239,30 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, list[Routing], DecoderState | None]:
         """x (batch, length, d), history already in it -> hidden (batch, length, d) after the final norm.
 
-        valid: (batch, length) bool; padding, at the end of each sequence, is not routed to experts. The valid frames of
-        a causal decoder cannot see it.
+        valid: (batch, length) bool; padding, at the end of each sequence, neither costs nor counts in the balance of
+        the experts, and its hidden is zero. Not together with a state.
         state: what earlier frames left (`new_state` for none); the advanced one is returned, the given one is not
         changed. Its `feedback` is the caller's affair.
 
         Returns hidden, the routing of each E layer, the state (None without one).
         """
+        packing = None
+        if valid is not None:
+            if state is not None:
+                raise ValueError("a decoder goes on from a state without padding: valid and state exclude each other")
+            packing = Packing.of(valid)
+            x = packing.pack(x)
         if state is not None:
             state = state.with_room(self.records(), x.shape[1])
         routings = []
         for index, layer in enumerate(self.layers):
-            x, routing = layer(x, valid, None if state is None else state.mixers[index])
+            x, routing = layer(x, None if state is None else state.mixers[index], packing)
             if routing is not None:
                 routings.append(routing)
         if state is not None:
             state.position += x.shape[1]
-        return self.norm(x), routings, state
+        hidden = self.norm(x)
+        return hidden if packing is None else packing.unpack(hidden), routings, state
 
     def records(self) -> Sequence[records.Layer]:
         return tuple(cast(Layer, layer).record() for layer in self.layers)

@@ -81,8 +81,15 @@ def test_padding_is_invisible_and_not_routed():
     hidden, routings, _ = decoder(loud, valid)
     alone, alone_routings, _ = decoder(x[1:, :6])
     torch.testing.assert_close(hidden[1, :6], alone[0], rtol=1e-9, atol=1e-9)
+    assert not hidden[1, 6:].any()
     torch.testing.assert_close(routings[-1].probabilities[10:], alone_routings[-1].probabilities, rtol=1e-9, atol=1e-9)
     assert routings[0].weights.shape[0] == 16
+
+
+def test_padding_and_a_state_exclude_each_other():
+    decoder = make()
+    with pytest.raises(ValueError, match="valid and state"):
+        decoder(inputs(), torch.ones(2, 10, dtype=torch.bool), decoder.new_state(2))
 
 
 def test_the_window_forgets():
