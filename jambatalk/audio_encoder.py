@@ -27,6 +27,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import interpolate, layer_norm, pad
 
 from jambatalk.config import SAMPLING_RATE, AudioEncoderConfig
+from jambatalk.packing import Packing
+from jambatalk.windowed_attention import Window, implementation, kept
 from jambatalk_kernels.linear import adopt, linear_into
 
 if TYPE_CHECKING:
@@ -45,17 +47,12 @@ class EncoderError(ValueError):
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout`, drawn on a CPU four elements to a random number: PyTorch draws one for each, by one thread, which
-    was a twentieth of a training step. p is rounded to a multiple of 2^-16, and what is kept is scaled by that."""
+    """`nn.Dropout`, on a CPU by `windowed_attention.kept`: PyTorch's drawing took a twentieth of a training step."""
 
     def forward(self, x: Tensor) -> Tensor:
-        drop = round(self.p * 65536)
-        if not self.training or not 0 < drop < 65536 or x.device.type != "cpu" or not x.is_floating_point():
+        if not self.training or not self.p or x.device.type != "cpu" or not x.is_floating_point():
             return super().forward(x)
-        count = x.numel()
-        words = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        keep = (words[:count].view(x.shape) >= drop - 32768).to(x.dtype)
-        return x * keep.mul_(65536 / (65536 - drop))
+        return x * kept(x.shape, self.p, x)
 
 
 class AudioEncoder(nn.Module):
@@ -105,31 +102,43 @@ class AudioEncoder(nn.Module):
                 x = normalised(x, layer) if each else layer.activation(x)
         return x
 
-    def contextualise(self, features: Tensor, visible: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+    def contextualise(self, features: Tensor, packing: Packing | None = None, valid: Tensor | None = None) -> Tensor:
         """Projection, positional convolution, transformer: (batch, frames, conv_dim[-1]) -> (batch, frames, hidden).
 
-        visible: (batch or 1, frames, frames) bool, who [query] sees whom [key]; None: all see all.
-        valid: (batch, frames) bool; padding is zeroed, so that the positional convolution sees there what it sees
-        beyond the end of a clip. None: all are.
+        packing: windowed, of the clips that lie one behind the other in a batch of one.
+        valid: full, (batch, frames) bool: padding is zeroed, so that the positional convolution sees there what it sees
+        beyond the end of a clip, and no frame attends to it. None: all are.
         """
         x = self.feature_projection(features)
         x = x[0] if isinstance(x, tuple) else x  # older releases of transformers return the tensor alone
-        if valid is not None:
-            x = x.masked_fill(~valid[..., None], 0)
-        x = x + self.pos_conv_embed(x)
+        mask: Tensor | Window | None = None
+        if packing is not None:
+            mask = Window.of(packing, self.config.attention_back, self.config.attention_ahead)
+            x = x + self._positional(x, packing)
+        else:
+            if valid is not None:
+                x = x.masked_fill(~valid[..., None], 0)
+                # A clip of no frames sees itself: a query that sees nothing would be NaN.
+                hidden = ~valid & valid.any(1, keepdim=True)
+                mask = torch.zeros(hidden.shape, dtype=x.dtype, device=x.device)
+                mask = mask.masked_fill(hidden, torch.finfo(x.dtype).min)[:, None, None]
+            x = x + self.pos_conv_embed(x)
         if not self.config.pre_norm:
             x = self.layer_norm(x)
         x = self.dropout(x)
-        mask = None
-        if visible is not None:
-            mask = torch.zeros(visible.shape, dtype=x.dtype, device=x.device)[:, None]
-            mask = mask.masked_fill(~visible[:, None], torch.finfo(x.dtype).min)
         for layer in self.layers:
             if self.training and self.config.layer_drop and torch.rand(()) < self.config.layer_drop:
                 continue
             x = layer(x, attention_mask=mask)
             x = x[0] if isinstance(x, tuple) else x
         return self.layer_norm(x) if self.config.pre_norm else x
+
+    def _positional(self, x: Tensor, packing: Packing) -> Tensor:
+        """The positional convolution of packed clips: between two of them lies as much silence as it sees."""
+        gap = self.config.pos_conv_kernel // 2
+        place = torch.arange(x.shape[1], device=x.device) + gap * packing.clips
+        apart = x.new_zeros(x.shape[1] + gap * packing.shape[0], x.shape[2]).index_copy(0, place, x[0])
+        return self.pos_conv_embed(apart[None])[0].index_select(0, place)[None]
 
     # Whole clips
 
@@ -171,63 +180,59 @@ class AudioEncoder(nn.Module):
         padded = not all(count == total for count in counts)
         if not padded:
             return self.contextualise(features)
-        # A clip of no frames sees itself: a query that sees nothing would be NaN.
-        visible = valid[:, None] | ~valid.any(1)[:, None, None]
-        return self.contextualise(features, visible.expand(-1, total, -1), valid).masked_fill(~valid[..., None], 0)
+        return self.contextualise(features, valid=valid).masked_fill(~valid[..., None], 0)
 
     def _windowed(self, samples: Tensor, sizes: list[int], counts: list[int], total: int) -> Tensor:
-        if any(size < samples.shape[1] for size in sizes):
-            samples = samples.masked_fill(~_first(sizes, samples.shape[1], samples.device), 0)
-        chunk = total if torch.is_grad_enabled() else CHUNK_FRAMES
-        return torch.cat([out for _, out in self.chunks(samples, total, chunk, counts)], dim=1)
+        clips = [row[:size] for row, size in zip(samples, sizes, strict=True)]
+        if not torch.is_grad_enabled():
+            rows = samples.new_zeros(len(clips), total, self.config.hidden)
+            for row, clip, count in zip(rows, clips, counts, strict=True):
+                for start, x in self.chunks(clip, count):
+                    row[start : start + x.shape[1]] = x[0]
+            return rows
+        packing = Packing.of(_first(counts, total, samples.device))
+        pieces = [(clip, 0, count) for clip, count in zip(clips, counts, strict=True) if count]
+        return packing.unpack(self.contextualise(self.resampled(pieces), packing))
 
-    def chunks(
-        self, samples: Tensor, frames: int, size: int = CHUNK_FRAMES, counts: list[int] | None = None
-    ) -> Iterator[tuple[int, Tensor]]:
-        """windowed: encode clips `size` frames at a time, each time with exactly the audio that those frames depend on.
-        Yields (first frame, (batch, at most size, hidden)) in order; memory does not grow with the clip.
-
-        counts: frames of each clip of the batch, where they differ; samples beyond a clip's end must be zero.
-        """
+    def chunks(self, samples: Tensor, frames: int, size: int = CHUNK_FRAMES) -> Iterator[tuple[int, Tensor]]:
+        """windowed: encode a clip (n,) `size` frames at a time, each time with exactly the audio that those frames
+        depend on. Yields (first frame, (1, at most size, hidden)) in order; memory does not grow with the clip."""
         convolved, done = None, 0  # the chunk before through the convolutions, up to frame `done`
         for start in range(0, frames, size):
             stop = min(start + size, frames)
             first = max(0, start - self.config.frames_back)
             last = min(frames, stop + self.config.frames_ahead)
-            step = max(1, last - done) if torch.is_grad_enabled() else CONVOLVED_FRAMES
-            fresh = [self.resampled(samples, at, min(at + step, last)) for at in range(done, last, step)]
+            steps = range(done, last, CONVOLVED_FRAMES)
+            fresh = [self.resampled([(samples, at, min(at + CONVOLVED_FRAMES, last))]) for at in steps]
             kept: list[Tensor] = [] if convolved is None else [convolved[:, convolved.shape[1] - (done - first) :]]
             convolved, done = torch.cat([*kept, *fresh], 1), last
-            valid = torch.ones(convolved.shape[:2], dtype=torch.bool, device=samples.device)
-            if counts is not None:
-                index = torch.arange(first, last, device=samples.device)
-                valid = index < torch.tensor(counts, device=samples.device)[:, None]
-            x = self.contextualise(convolved, self._window(valid), valid).masked_fill(~valid[..., None], 0)
-            yield start, x[:, start - first : stop - first]
+            packing = Packing.of(torch.ones(convolved.shape[:2], dtype=torch.bool, device=samples.device))
+            yield start, self.contextualise(convolved, packing)[:, start - first : stop - first]
 
-    def resampled(self, samples: Tensor, first: int, last: int) -> Tensor:
-        """windowed: the convolutions' features at frames [first, last), each between its two neighbours at 50 Hz.
-        Samples beyond both ends count as zero. (batch, last - first, conv_dim[-1])"""
-        step = self.config.feature_position(1, self.fps)
-        positions = [step * frame for frame in range(first, last)]
-        before = torch.tensor([p.numerator // p.denominator for p in positions], device=samples.device)
-        share = torch.tensor(
-            [float(p - p.numerator // p.denominator) for p in positions], dtype=samples.dtype, device=samples.device
-        )[:, None]
-        k0, k1 = int(before[0]), int(before[-1]) + 1
-        begin = k0 * self.config.hop - self.config.receptive_field // 2
-        end = k1 * self.config.hop - self.config.receptive_field // 2 + self.config.receptive_field
-        have = samples[:, max(begin, 0) : max(min(end, samples.shape[1]), 0)]
-        have = pad(have, (max(0, -begin), max(0, end - max(begin, 0) - have.shape[1])))
-        features = self.convolve(have * self.config.input_gain)
-        return torch.lerp(features[:, before - k0], features[:, before - k0 + 1], share.to(features.dtype))
+    def resampled(self, pieces: list[tuple[Tensor, int, int]]) -> Tensor:
+        """windowed: the convolutions' features at some frames of some clips, each between its two neighbours at 50 Hz.
 
-    def _window(self, valid: Tensor) -> Tensor:
-        """valid (batch, frames) -> (batch, frames, frames) bool: who sees whom. Padding sees itself."""
-        index = torch.arange(valid.shape[1], device=valid.device)
-        ahead = index - index[:, None]  # [query, key]
-        window = (ahead <= self.config.attention_ahead) & (ahead >= -self.config.attention_back)
-        return (window & valid[:, None]) | (ahead == 0)
+        pieces: samples (n,) of a clip, first frame, last frame + 1; samples beyond both ends of a clip count as zero.
+        Returns (1, frames of all pieces, conv_dim[-1]).
+        """
+        step, hop, field = self.config.feature_position(1, self.fps), self.config.hop, self.config.receptive_field
+        audio, places, shares, offset = [], [], [], 0
+        for samples, first, last in pieces:
+            position = torch.arange(first, last) * step.numerator
+            before = position // step.denominator
+            k0, count = int(before[0]), int(before[-1] - before[0]) + 2
+            places.append(before - k0 + offset)
+            shares.append((position % step.denominator).to(samples.dtype) / step.denominator)
+            begin, size = k0 * hop - field // 2, (count - 1) * hop + field
+            size += -size % hop  # the features of the next piece are in step
+            have = samples[max(begin, 0) : begin + size]
+            front = max(0, -begin)
+            audio.append(pad(have, (front, size - front - len(have))))
+            offset += size // hop
+        features = self.convolve(torch.cat(audio)[None] * self.config.input_gain)[0]
+        place = torch.cat(places).to(features.device)
+        share = torch.cat(shares)[:, None].to(features)
+        return torch.lerp(features.index_select(0, place), features.index_select(0, place + 1), share)[None]
 
     # Pretrained weights
 
@@ -285,7 +290,8 @@ def wav2vec2_config(config: AudioEncoderConfig) -> Wav2Vec2Config:
         layerdrop=config.layer_drop,
         layer_norm_eps=config.layer_norm_eps,
     )
-    hf._attn_implementation = "sdpa"  # the modules are built without the model class that would choose it
+    # The modules are built without the model class that would choose it.
+    hf._attn_implementation = "sdpa" if config.context == "full" else implementation()
     return hf
 
 

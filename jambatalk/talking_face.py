@@ -304,7 +304,7 @@ class TalkingFace(nn.Module):
             for start in range(0, frames, CHUNK_FRAMES):
                 yield start, features[:, start : start + CHUNK_FRAMES]
         else:
-            for start, hidden in self.encoder.chunks(samples, frames, CHUNK_FRAMES):
+            for start, hidden in self.encoder.chunks(samples[0], frames, CHUNK_FRAMES):
                 yield start, self.audio_projection(hidden)
 
     def _identity(self, subject: str | int | None) -> tuple[str | int | None, Tensor, str]:
