@@ -34,6 +34,7 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return  # not glibc
+    mallopt(-8, 1)  # M_ARENA_MAX: the thread of the gradients would have its own heap, and give it back when empty
     mallopt(-4, 0)  # M_MMAP_MAX: no block of its own mapping
     mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
 

@@ -19,7 +19,7 @@
 
 // Raised with every change of a schema or of what an op means, here and in jambatalk_kernels/backends.py: a library
 // that was built from another version of the sources is then refused, not called.
-#define JAMBATALK_NATIVE_VERSION 4
+#define JAMBATALK_NATIVE_VERSION 5
 
 namespace jambatalk {
 void empty_op(const Tensor&) {}
@@ -43,6 +43,9 @@ STABLE_TORCH_LIBRARY_IMPL(jambatalk, CPU, m) {
   m.impl("rope_attention_append", TORCH_BOX(&jambatalk::rope_attention_append));
   m.impl("rope_attention_step", TORCH_BOX(&jambatalk::rope_attention_step));
   m.impl("rollout", TORCH_BOX(&jambatalk::rollout));
+  m.impl("dropout", TORCH_BOX(&jambatalk::dropout));
+  m.impl("layer_norm_gelu", TORCH_BOX(&jambatalk::layer_norm_gelu));
+  m.impl("layer_norm_gelu_backward", TORCH_BOX(&jambatalk::layer_norm_gelu_backward));
   m.impl("empty_op", TORCH_BOX(&jambatalk::empty_op));
 }
 

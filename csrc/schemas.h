@@ -59,6 +59,11 @@ void define_ops(Library& m) {
   m.def(
       "rollout(Tensor plan, Tensor storage, Tensor inputs, Tensor lengths, Tensor(a!) hidden, Tensor(b!)[] state, "
       "int begin, int end, float eps, int group, int workers) -> ()");
+  m.def("dropout(Tensor x, float p, int seed) -> Tensor");
+  m.def("layer_norm_gelu(Tensor x, Tensor weight, Tensor bias, Tensor? shift, float eps) -> Tensor");
+  m.def(
+      "layer_norm_gelu_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor bias, Tensor? shift, float eps) "
+      "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dshift)");
   m.def("empty_op(Tensor x) -> ()");
 }
 

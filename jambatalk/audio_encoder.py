@@ -24,11 +24,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import interpolate, layer_norm, pad
+from torch.nn.functional import interpolate, pad
 
 from jambatalk.config import SAMPLING_RATE, AudioEncoderConfig
 from jambatalk.packing import Packing
-from jambatalk.windowed_attention import Window, implementation, kept
+from jambatalk.windowed_attention import Window, implementation
+from jambatalk_kernels.dropout import Dropout
+from jambatalk_kernels.layer_norm_gelu import layer_norm_gelu
 from jambatalk_kernels.linear import adopt, linear_into
 
 if TYPE_CHECKING:
@@ -44,15 +46,6 @@ Value = TypeVar("Value")
 
 class EncoderError(ValueError):
     """A Wav2Vec 2.0 checkpoint that cannot be used: one clear line."""
-
-
-class Dropout(nn.Dropout):
-    """`nn.Dropout`, on a CPU by `windowed_attention.kept`: PyTorch's drawing took a twentieth of a training step."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.p or x.device.type != "cpu" or not x.is_floating_point():
-            return super().forward(x)
-        return x * kept(x.shape, self.p, x)
 
 
 class AudioEncoder(nn.Module):
@@ -98,8 +91,11 @@ class AudioEncoder(nn.Module):
                 x = layer(x)
             x = x.transpose(1, 2)
             for layer in layers[first:]:
-                x = strided_products(x, layer.conv)
-                x = normalised(x, layer) if each else layer.activation(x)
+                if each:
+                    x, norm = strided_products(x, layer.conv, bias=False), layer.layer_norm
+                    x = layer_norm_gelu(x, norm.weight, norm.bias, norm.eps, shift=layer.conv.bias)
+                else:
+                    x = layer.activation(strided_products(x, layer.conv))
         return x
 
     def contextualise(self, features: Tensor, packing: Packing | None = None, valid: Tensor | None = None) -> Tensor:
@@ -113,7 +109,7 @@ class AudioEncoder(nn.Module):
         x = x[0] if isinstance(x, tuple) else x  # older releases of transformers return the tensor alone
         mask: Tensor | Window | None = None
         if packing is not None:
-            mask = Window.of(packing, self.config.attention_back, self.config.attention_ahead)
+            mask = Window.of(packing, self.config.heads, self.config.attention_back, self.config.attention_ahead)
             x = x + self._positional(x, packing)
         else:
             if valid is not None:
@@ -326,27 +322,17 @@ def wav2vec2_architecture(source: str | Path) -> dict[str, Any]:
     )
 
 
-def normalised(x: Tensor, layer: Any) -> Tensor:
-    """The layer norm and the activation of a convolution's layer, in x's dtype: on a CPU both compute in float32 and
-    round to bfloat16, where autocast would widen these largest of all activations and narrow them again."""
-    norm = layer.layer_norm
-    if x.device.type != "cpu" or x.dtype == norm.weight.dtype:
-        return layer.activation(norm(x))
-    with torch.autocast("cpu", enabled=False):
-        return layer.activation(layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
-
-
-def strided_products(x: Tensor, conv: nn.Conv1d) -> Tensor:
+def strided_products(x: Tensor, conv: nn.Conv1d, bias: bool = True) -> Tensor:
     """`conv` on (batch, length, channels) -> (batch, features, filters), as one matrix product for each `stride` taps
     of the kernel: x is cut into blocks of `stride` positions, and nothing is gathered or transposed. float32: forward
-    as fast as conv1d, backward 3 times faster or more (the demo's front end on AVX-512)."""
+    as fast as conv1d, backward 3 times faster or more (the demo's front end on AVX-512). bias: False leaves it out."""
     (kernel,), (stride,) = conv.kernel_size, conv.stride
-    weight, bias = conv.weight.permute(2, 1, 0).reshape(kernel * x.shape[-1], -1), conv.bias
+    weight, shift = conv.weight.permute(2, 1, 0).reshape(kernel * x.shape[-1], -1), conv.bias if bias else None
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return _StridedProducts.apply(x.contiguous(), weight, bias, kernel, stride)
+        x, weight, shift = x.to(dtype), weight.to(dtype), None if shift is None else shift.to(dtype)
+    return _StridedProducts.apply(x.contiguous(), weight, shift, kernel, stride)
 
 
 class _StridedProducts(torch.autograd.Function):
@@ -380,7 +366,11 @@ class _StridedProducts(torch.autograd.Function):
                 for clip, gradient in zip(part, dy, strict=True):
                     linear_into(rows, clip.T, gradient.T, add=True)
             dweight = total.to(weight.dtype)
-        return dx, dweight, dy.sum((0, 1)) if ctx.needs_input_grad[2] else None, None, None
+        dbias = None
+        if ctx.needs_input_grad[2]:  # sums as a product: three times as fast
+            rows = dy.flatten(0, 1)
+            dbias = (rows.new_ones(1, len(rows)) @ rows)[0]
+        return dx, dweight, dbias, None, None
 
 
 def _parts(x: Tensor, weight: Tensor, kernel: int, stride: int) -> Iterator[tuple[Tensor, Tensor]]:

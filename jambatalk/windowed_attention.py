@@ -16,33 +16,25 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from jambatalk.packing import Packing
+from jambatalk_kernels.dropout import Draw
 
 BLOCK = 32  # frames
 
 
-def kept(shape: tuple[int, ...] | torch.Size, p: float, like: Tensor) -> Tensor:
-    """Dropout's factors on a CPU, in like's dtype: 0 with probability p, else 1 / (1 - p). Four of them are drawn at
-    once, PyTorch draws each by itself and all by one thread. p is rounded to a multiple of 2^-16."""
-    drop = round(p * 65536)
-    if drop == 65536:
-        return like.new_zeros(shape)
-    count = torch.Size(shape).numel()
-    words = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    return (words[:count].view(shape) >= drop - 32768).to(like.dtype).mul_(65536 / (65536 - drop))
-
-
 @dataclass
 class Window:
-    """Who sees whom: `of` packed clips."""
+    """Who sees whom: `of` packed clips. Heads lie one behind the other too, as clips of their own: N = heads * n frames
+    are one sequence."""
 
     back: int
     ahead: int
     mask: Tensor  # (blocks, BLOCK, BLOCK + back + ahead) float32, 0 where query sees key, else very negative
 
     @classmethod
-    def of(cls, packing: Packing, back: int, ahead: int) -> Window:
+    def of(cls, packing: Packing, heads: int, back: int, ahead: int) -> Window:
         """Each frame sees `back` frames before it and `ahead` after it, of its own clip."""
         clips = packing.clips
+        clips = (clips + packing.shape[0] * torch.arange(heads, device=clips.device)[:, None]).flatten()
         blocks = -(-len(clips) // BLOCK)
         rest = blocks * BLOCK - len(clips)
         queries = pad(clips, (0, rest), value=-1).view(blocks, BLOCK, 1)
@@ -54,61 +46,69 @@ class Window:
         return cls(back, ahead, mask)
 
     def queries(self, x: Tensor) -> Tensor:
-        """(heads, n, d) -> (heads, blocks, BLOCK, d)"""
-        return pad(x, (0, 0, 0, len(self.mask) * BLOCK - x.shape[1])).unflatten(1, (-1, BLOCK))
+        """(heads, n, d) -> (blocks, BLOCK, d)"""
+        return self._row(x, 0, 0).view(-1, BLOCK, x.shape[-1])
 
     def keys(self, x: Tensor) -> Tensor:
-        """(heads, n, d) -> (heads, blocks, BLOCK + back + ahead, d), a view of overlapping pieces"""
-        x = pad(x, (0, 0, self.back, len(self.mask) * BLOCK - x.shape[1] + self.ahead))
-        return x.unfold(1, self.mask.shape[2], BLOCK).transpose(2, 3)
+        """(heads, n, d) -> (blocks, BLOCK + back + ahead, d), a view of overlapping pieces"""
+        return self._row(x, self.back, self.ahead).unfold(0, self.mask.shape[2], BLOCK).transpose(1, 2)
 
-    def unfold_backward(self, gradient: Tensor, n: int) -> Tensor:
-        """The gradient of `keys`: (heads, blocks, BLOCK + back + ahead, d) -> (heads, n, d)"""
-        heads, blocks, width, d = gradient.shape
-        pieces = gradient.split(BLOCK, 2)
-        total = gradient.new_zeros(heads, blocks + len(pieces) - 1, BLOCK, d)
+    def _row(self, x: Tensor, before: int, after: int) -> Tensor:
+        """(heads, n, d) -> (before + blocks * BLOCK + after, d), what x does not fill is zero."""
+        heads, n, d = x.shape
+        row = x.new_zeros(before + self.mask.shape[0] * BLOCK + after, d)
+        row[before : before + heads * n].view(heads, n, d).copy_(x)
+        return row
+
+    def queries_backward(self, gradient: Tensor, heads: int, n: int) -> Tensor:
+        """The gradient of `queries`: (blocks, BLOCK, d) -> (heads, n, d)"""
+        return gradient.flatten(0, 1)[: heads * n].unflatten(0, (heads, n))
+
+    def keys_backward(self, gradient: Tensor, heads: int, n: int) -> Tensor:
+        """The gradient of `keys`: (blocks, BLOCK + back + ahead, d) -> (heads, n, d)"""
+        blocks, _, d = gradient.shape
+        pieces = gradient.split(BLOCK, 1)
+        total = gradient.new_zeros(blocks + len(pieces) - 1, BLOCK, d)
         for number, piece in enumerate(pieces):
-            total[:, number : number + blocks, : piece.shape[2]] += piece
-        return total.flatten(1, 2)[:, self.back : self.back + n]
+            total[number : number + blocks, : piece.shape[1]] += piece
+        return total.flatten(0, 1)[self.back : self.back + heads * n].unflatten(0, (heads, n))
 
 
 class _WindowedAttention(torch.autograd.Function):
-    """q, k, v (heads, n, d) -> (heads, n, d). Scores and their softmax in float32, as PyTorch's attention.
-
-    Head by head: so no product needs a copy of what it reads."""
+    """q, k, v (heads, n, d) -> (heads, n, d). Scores and their softmax in float32, as PyTorch's attention."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float, p: float) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):
-            blocked, keys, values = window.queries(q), window.keys(k), window.keys(v)
-            scores = torch.stack([torch.bmm(a, b.mT) for a, b in zip(blocked, keys, strict=True)]).float()
-            weights = torch.add(window.mask, scores, alpha=scale).softmax(-1)
-            factors = None
-            if p > 0:
-                cpu = q.device.type == "cpu"
-                factors = kept(weights.shape, p, weights) if cpu else nn.functional.dropout(torch.ones_like(weights), p)
-            chosen = (weights if factors is None else weights * factors).to(v.dtype)
-            y = torch.stack([torch.bmm(a, b) for a, b in zip(chosen, values, strict=True)])
-        ctx.save_for_backward(q, k, v, weights, factors)
-        ctx.window, ctx.scale = window, scale
-        return y.flatten(1, 2)[:, : q.shape[1]]
+            queries, keys, values = window.queries(q), window.keys(k), window.keys(v)
+            weights = torch.baddbmm(window.mask, queries.float(), keys.float().mT, alpha=scale).softmax(-1)
+            ctx.draw = Draw(weights, p) if p else None
+            chosen = (ctx.draw(weights) if ctx.draw else weights).to(v.dtype)
+            y = torch.bmm(chosen, values)
+        ctx.save_for_backward(queries, keys, values, weights, chosen)
+        ctx.window, ctx.scale, ctx.shape = window, scale, q.shape[:2]
+        return window.queries_backward(y, *ctx.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights, factors = ctx.saved_tensors
-        window, n = ctx.window, q.shape[1]
-        blocked, keys, values, dy = window.queries(q), window.keys(k), window.keys(v), window.queries(dy)
-        chosen = (weights if factors is None else weights * factors).to(v.dtype)
-        dv = torch.stack([torch.bmm(a.mT, b) for a, b in zip(chosen, dy, strict=True)])
-        dweights = torch.stack([torch.bmm(a, b.mT) for a, b in zip(dy, values, strict=True)]).float()
-        if factors is not None:
-            dweights *= factors
+        queries, keys, values, weights, chosen = ctx.saved_tensors
+        window, dy = ctx.window, ctx.window.queries(dy)
+        dv = torch.bmm(chosen.mT, dy)
+        dweights = torch.bmm(dy, values.mT).float()
+        if ctx.draw:
+            dweights = ctx.draw(dweights)
         # (dp - sum dp p) p, where the mask is zero by p
-        dscores = torch._softmax_backward_data(dweights, weights, -1, torch.float32).mul_(ctx.scale).to(q.dtype)
-        dq = torch.stack([torch.bmm(a, b) for a, b in zip(dscores, keys, strict=True)]).flatten(1, 2)[:, :n]
-        dk = torch.stack([torch.bmm(a.mT, b) for a, b in zip(dscores, blocked, strict=True)])
-        return dq, window.unfold_backward(dk, n), window.unfold_backward(dv, n), None, None, None
+        dscores = torch._softmax_backward_data(dweights, weights, -1, torch.float32).mul_(ctx.scale).to(queries.dtype)
+        dq, dk = torch.bmm(dscores, keys), torch.bmm(dscores.mT, queries)
+        return (
+            window.queries_backward(dq, *ctx.shape),
+            window.keys_backward(dk, *ctx.shape),
+            window.keys_backward(dv, *ctx.shape),
+            None,
+            None,
+            None,
+        )
 
 
 def attend(

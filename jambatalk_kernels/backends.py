@@ -39,7 +39,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "JAMBATALK_KERNELS_BACKEND"
 NATIVE_MODULE = "_jambatalk_native"
 # Must equal JAMBATALK_NATIVE_VERSION in csrc/registration.cpp: a clone may run beside a library of older sources.
-NATIVE_VERSION = 4
+NATIVE_VERSION = 5
 
 # (op, backend, architecture) -> the file in benchmarks/results/ that shows the kernel running there. A GPU kernel
 # without a row is chosen only when forced. The CPU kernels are not listed: the test suite runs them wherever it runs.

@@ -98,6 +98,32 @@ struct ConvStepCall {
   Array weight, bias;
 };
 
+// Tasks are `task_rows` rows.
+struct NormCall {
+  int64_t batch, groups;  // 1, tasks
+  int64_t rows, channels, task_rows;
+  double eps;
+  Array x;                    // (rows, channels)
+  Array weight, bias, shift;  // (channels)
+  Array y;
+  Array grad_y, dx;           // of x's dtype
+  void* dweight_partial;      // (tasks, channels), compute type
+  void* dbias_partial;
+  void* dshift_partial;
+};
+
+// Tasks are `task_size` neighbouring numbers, a multiple of every vector's width.
+struct DropoutCall {
+  int64_t batch, groups;  // 1, tasks
+  int64_t count, task_size;
+  uint64_t seed;
+  uint32_t threshold;
+  double scale;
+  Dtype dtype;
+  const void* x;
+  void* y;
+};
+
 // target[outer, row, column] = sum over terms of partial[outer][term][row][offset + column], in the order of the terms.
 struct SumCall {
   int64_t batch, groups;  // outer and rows: one task is one row
@@ -353,6 +379,9 @@ struct KernelSet {
   void (*conv_backward)(const ConvCall&, int64_t begin, int64_t end);
   void (*conv_step)(const ConvStepCall&, int64_t begin, int64_t end);
   void (*sum_terms)(const SumCall&, int64_t begin, int64_t end);
+  void (*dropout)(const DropoutCall&, int64_t begin, int64_t end);
+  void (*norm_gelu_forward)(const NormCall&, int64_t begin, int64_t end);
+  void (*norm_gelu_backward)(const NormCall&, int64_t begin, int64_t end);
   void (*route_forward)(const RouteCall&, int64_t begin, int64_t end);
   void (*route_backward)(const RouteCall&, int64_t begin, int64_t end);
   int64_t product_rows, product_columns;  // of the experts' products: rows and columns of a panel

@@ -86,6 +86,16 @@ void rollout(const Tensor& plan, const Tensor& storage, const Tensor& inputs, co
              const Tensor& hidden, std::vector<Tensor> state, int64_t begin, int64_t end, double eps, int64_t group,
              int64_t workers);
 
+// 0 <= p < 1. What is dropped is a function of the seed and the place.
+Tensor dropout(const Tensor& x, double p, int64_t seed);
+
+// x (rows, channels) of a layout with channels side by side; shift: added to every row of it.
+Tensor layer_norm_gelu(const Tensor& x, const Tensor& weight, const Tensor& bias, const OptionalTensor& shift,
+                       double eps);
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_gelu_backward(const Tensor& grad_y, const Tensor& x,
+                                                                    const Tensor& weight, const Tensor& bias,
+                                                                    const OptionalTensor& shift, double eps);
+
 // Does nothing and returns nothing: what a call costs before any work.
 void empty_op(const Tensor& x);
 

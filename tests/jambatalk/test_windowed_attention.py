@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from jambatalk.packing import Packing
-from jambatalk.windowed_attention import BLOCK, Window, attend, kept
+from jambatalk.windowed_attention import BLOCK, Window, attend
 
 CLIPS = [
     [1],
@@ -35,7 +35,7 @@ def test_it_is_attention_with_a_mask_and_so_are_its_gradients(lengths, back, ahe
     n = sum(lengths)
     q, k, v = (torch.randn(1, n, 3, 8, dtype=torch.float64).transpose(1, 2).requires_grad_() for _ in range(3))
     expected = scaled_dot_product_attention(q, k, v, visible(lengths, back, ahead), scale=0.3).transpose(1, 2)
-    y, _ = attend(torch.nn.Identity(), q, k, v, Window.of(packing(lengths), back, ahead), scaling=0.3)
+    y, _ = attend(torch.nn.Identity(), q, k, v, Window.of(packing(lengths), 3, back, ahead), scaling=0.3)
     weight = torch.randn_like(y)
     # Scores and weights are float32.
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
@@ -49,7 +49,7 @@ def test_dropout_leaves_out_weights_and_so_does_its_gradient():
     torch.manual_seed(0)
     q, k = (torch.randn(1, 2, 70, 4, dtype=torch.float64) for _ in range(2))
     v = torch.eye(70, dtype=torch.float64).expand(1, 2, 70, 70).clone().requires_grad_()
-    window = Window.of(packing([50, 20]), 9, 2)
+    window = Window.of(packing([50, 20]), 2, 9, 2)
     with torch.random.fork_rng():
         y, _ = attend(torch.nn.Identity(), q, k, v, window, scaling=1.0, dropout=0.25)
     weights = y[0].transpose(0, 1)  # (heads, query, key)
@@ -69,18 +69,10 @@ def test_half_precision_scores_are_float32():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 40, 16).bfloat16() for _ in range(3))
     with torch.autocast("cpu", torch.bfloat16):
-        y, _ = attend(torch.nn.Identity(), q, k, v, Window.of(packing([40]), 8, 8), scaling=0.25)
+        y, _ = attend(torch.nn.Identity(), q, k, v, Window.of(packing([40]), 2, 8, 8), scaling=0.25)
     exact = scaled_dot_product_attention(q.float(), k.float(), v.float(), visible([40], 8, 8), scale=0.25)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), exact.transpose(1, 2), rtol=2**-6, atol=2**-6)
-
-
-def test_factors_of_dropout():
-    torch.manual_seed(0)
-    factors = kept((300, 333), 0.1, torch.empty(0, dtype=torch.bfloat16))
-    assert factors.dtype == torch.bfloat16 and factors.shape == (300, 333)
-    assert abs((factors == 0).double().mean() - 0.1) < 5 * (0.09 / factors.numel()) ** 0.5
-    assert not kept((7,), 1.0, torch.empty(0)).any()
 
 
 def test_packing_is_undone():
