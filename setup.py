@@ -43,7 +43,7 @@ SOURCES = [
     "csrc/cpu/attention.cpp",
     "csrc/cpu/rollout.cpp",
     "csrc/cpu/dropout.cpp",
-    "csrc/cpu/layer_norm_gelu.cpp",
+    "csrc/cpu/norms.cpp",
     "csrc/cpu/tensors.cpp",
     "csrc/cpu/isa.cpp",
     "csrc/cpu/kernels_plain.cpp",

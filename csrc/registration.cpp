@@ -46,6 +46,8 @@ STABLE_TORCH_LIBRARY_IMPL(jambatalk, CPU, m) {
   m.impl("dropout", TORCH_BOX(&jambatalk::dropout));
   m.impl("layer_norm_gelu", TORCH_BOX(&jambatalk::layer_norm_gelu));
   m.impl("layer_norm_gelu_backward", TORCH_BOX(&jambatalk::layer_norm_gelu_backward));
+  m.impl("rms_norm", TORCH_BOX(&jambatalk::rms_norm));
+  m.impl("rms_norm_backward", TORCH_BOX(&jambatalk::rms_norm_backward));
   m.impl("empty_op", TORCH_BOX(&jambatalk::empty_op));
 }
 

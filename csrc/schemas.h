@@ -64,6 +64,8 @@ void define_ops(Library& m) {
   m.def(
       "layer_norm_gelu_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor bias, Tensor? shift, float eps) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dshift)");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("rms_norm_backward(Tensor grad_y, Tensor x, Tensor weight, float eps) -> (Tensor dx, Tensor dweight)");
   m.def("empty_op(Tensor x) -> ()");
 }
 

@@ -30,8 +30,8 @@ from jambatalk.config import SAMPLING_RATE, AudioEncoderConfig
 from jambatalk.packing import Packing
 from jambatalk.windowed_attention import Window, implementation
 from jambatalk_kernels.dropout import Dropout
-from jambatalk_kernels.layer_norm_gelu import layer_norm_gelu
 from jambatalk_kernels.linear import adopt, linear_into
+from jambatalk_kernels.norms import layer_norm_gelu
 
 if TYPE_CHECKING:
     from transformers import Wav2Vec2Config

@@ -33,6 +33,7 @@ from jambatalk_kernels import (
     selective_scan,
 )
 from jambatalk_kernels.linear import Linear, linear
+from jambatalk_kernels.norms import RMSNorm
 from jambatalk_kernels.rollout import program as records
 from jambatalk_kernels.rollout.program import MambaState, Program
 from jambatalk_kernels.rollout.program import RolloutState as DecoderState
@@ -52,9 +53,9 @@ class MambaMixer(nn.Module):
         self.in_proj = Linear(config.d_model, 2 * inner, bias=False)
         self.conv1d = nn.Conv1d(inner, inner, config.conv_width, groups=inner)  # holds weight and bias; never called
         self.x_proj = Linear(inner, rank + 2 * config.states, bias=False)
-        self.dt_layernorm = nn.RMSNorm(rank, config.norm_eps)
-        self.b_layernorm = nn.RMSNorm(config.states, config.norm_eps)
-        self.c_layernorm = nn.RMSNorm(config.states, config.norm_eps)
+        self.dt_layernorm = RMSNorm(rank, config.norm_eps)
+        self.b_layernorm = RMSNorm(config.states, config.norm_eps)
+        self.c_layernorm = RMSNorm(config.states, config.norm_eps)
         self.dt_proj = Linear(rank, inner)
         self.A_log = nn.Parameter(torch.arange(1, config.states + 1, dtype=torch.float32).log().repeat(inner, 1))
         self.D = nn.Parameter(torch.ones(inner))
@@ -208,9 +209,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: JambaTalkConfig, kind: str):
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.mixer_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mixer = Attention(config) if kind == "T" else MambaMixer(config)
-        self.mlp_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = Experts(config) if kind == "E" else MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -232,7 +233,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.eps = config.norm_eps
         self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layers)
-        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
 
     def forward(
         self, x: Tensor, valid: Tensor | None = None, state: DecoderState | None = None

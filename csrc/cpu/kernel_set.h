@@ -4,8 +4,8 @@
 #include "cpu/attention_kernel.h"
 #include "cpu/causal_conv1d_kernel.h"
 #include "cpu/dropout_kernel.h"
-#include "cpu/layer_norm_gelu_kernel.h"
 #include "cpu/moe_kernel.h"
+#include "cpu/norm_kernel.h"
 #include "cpu/rollout_kernel.h"
 #include "cpu/selective_scan_kernel.h"
 
@@ -46,8 +46,10 @@ constexpr KernelSet kernel_set() {
           &conv_step<Lanes<T>>,
           &sum_terms<Lanes<T>>,
           &dropout<Lanes<T>>,
-          &norm_gelu_forward<Lanes<T>>,
-          &norm_gelu_backward<Lanes<T>>,
+          &norm_forward<Lanes<T>, true>,
+          &norm_backward<Lanes<T>, true>,
+          &norm_forward<Lanes<T>, false>,
+          &norm_backward<Lanes<T>, false>,
           &route_forward<Lanes<T>>,
           &route_backward<Lanes<T>>,
           kProductRows,

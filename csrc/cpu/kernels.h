@@ -104,7 +104,7 @@ struct NormCall {
   int64_t rows, channels, task_rows;
   double eps;
   Array x;                    // (rows, channels)
-  Array weight, bias, shift;  // (channels)
+  Array weight, bias, shift;  // (channels); an RMS norm has weight alone
   Array y;
   Array grad_y, dx;           // of x's dtype
   void* dweight_partial;      // (tasks, channels), compute type
@@ -382,6 +382,8 @@ struct KernelSet {
   void (*dropout)(const DropoutCall&, int64_t begin, int64_t end);
   void (*norm_gelu_forward)(const NormCall&, int64_t begin, int64_t end);
   void (*norm_gelu_backward)(const NormCall&, int64_t begin, int64_t end);
+  void (*rms_norm_forward)(const NormCall&, int64_t begin, int64_t end);
+  void (*rms_norm_backward)(const NormCall&, int64_t begin, int64_t end);
   void (*route_forward)(const RouteCall&, int64_t begin, int64_t end);
   void (*route_backward)(const RouteCall&, int64_t begin, int64_t end);
   int64_t product_rows, product_columns;  // of the experts' products: rows and columns of a panel

@@ -96,6 +96,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_gelu_backward(const Tensor
                                                                     const Tensor& weight, const Tensor& bias,
                                                                     const OptionalTensor& shift, double eps);
 
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps);
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_y, const Tensor& x, const Tensor& weight, double eps);
+
 // Does nothing and returns nothing: what a call costs before any work.
 void empty_op(const Tensor& x);
 

@@ -49,7 +49,7 @@ def test_the_kernels_are_clean_under_sanitizers(tmp_path):
          "-k", f"({TESTS} or {PROPERTIES}) and not random",
          "tests/jambatalk_kernels/test_selective_scan.py", "tests/jambatalk_kernels/test_causal_conv1d.py",
          "tests/jambatalk_kernels/test_attention_native.py", "tests/jambatalk_kernels/test_moe_native.py",
-         "tests/jambatalk_kernels/test_layer_norm_gelu.py", "tests/jambatalk_kernels/test_dropout.py",
+         "tests/jambatalk_kernels/test_norms.py", "tests/jambatalk_kernels/test_dropout.py",
          "tests/jambatalk_kernels/test_properties.py", "tests/jambatalk_kernels/test_properties_moe.py"],
         cwd=ROOT, capture_output=True, text=True, timeout=1800,
         env=environment | {

@@ -1,15 +1,17 @@
-"""Layer norm with GELU against PyTorch's two functions in float64, in every instruction set."""
+"""Norms against PyTorch's functions in float64, in every instruction set."""
 
 import pytest
 import torch
 from accuracy import assert_accurate
 from torch.nn.functional import gelu, layer_norm
+from torch.nn.functional import rms_norm as pytorchs_rms_norm
 
 from jambatalk_kernels import native_library
-from jambatalk_kernels.layer_norm_gelu import layer_norm_gelu
+from jambatalk_kernels.norms import RMSNorm, layer_norm_gelu, rms_norm
 
 pytestmark = pytest.mark.skipif(not native_library()[0], reason=f"no native library: {native_library()[1]}")
 
+SHAPES = [(1, 3), (3, 5), (2, 19, 48), (700, 64), (33, 100), (9, 192), (1100, 17)]
 BARS = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -32,7 +34,7 @@ def run(function, tensors, dy):
 
 
 @pytest.mark.parametrize("dtype", BARS)
-@pytest.mark.parametrize("shape", [(1, 3), (3, 5), (2, 19, 48), (700, 64), (33, 100), (9, 192), (1100, 17)])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients_are_accurate_and_halves_are_rounded_once(isa, shape, dtype):
     tensors, dy = inputs(shape, dtype)
     got = run(lambda x, w, b, s: layer_norm_gelu(x, w, b, shift=s), tensors, dy)
@@ -41,6 +43,31 @@ def test_values_and_gradients_are_accurate_and_halves_are_rounded_once(isa, shap
     for name, mine, truth, theirs in zip(("y", "dx", "dweight", "dbias", "dshift"), got, exact, peer, strict=True):
         assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
         assert_accurate(mine, truth, theirs, BARS[dtype], name)
+
+
+@pytest.mark.parametrize("dtype", BARS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rms_norms_values_and_gradients(isa, shape, dtype):
+    (x, weight, _, _), dy = inputs(shape, dtype)
+    parts = [x, weight]
+
+    def theirs(x, weight):
+        return pytorchs_rms_norm(x.to(weight.dtype), weight.shape, weight, 1e-6).to(x.dtype)
+
+    got = run(lambda x, w: rms_norm(x, w, 1e-6), parts, dy)
+    exact = run(theirs, [t.detach().double().requires_grad_() for t in parts], dy.double())
+    for name, mine, truth, peer in zip(("y", "dx", "dweight"), got, exact, run(theirs, parts, dy), strict=True):
+        assert mine.dtype == peer.dtype and mine.shape == peer.shape
+        assert_accurate(mine, truth, peer, BARS[dtype], name)
+
+
+def test_rms_norm_reads_slices_where_they_lie(isa):
+    whole = torch.randn(2, 30, 40)
+    for part in whole.split([8, 16, 16], -1):
+        norm = RMSNorm(part.shape[-1], 1e-6)
+        torch.testing.assert_close(norm(part), torch.nn.RMSNorm(part.shape[-1], 1e-6)(part.contiguous()))
+    columns = torch.randn(8, 30).T
+    assert torch.equal(RMSNorm(8, 1e-6)(columns), RMSNorm(8, 1e-6)(columns.contiguous()))
 
 
 def test_the_tail_of_gelu_keeps_its_digits(isa):
@@ -71,6 +98,7 @@ def test_nothing_is_read_beyond_strides_and_ends(isa):
 def test_float64_gradients_are_those_of_differences():
     tensors, _ = inputs((4, 6), torch.float64, scale=1.0)
     assert torch.autograd.gradcheck(lambda x, w, b, s: layer_norm_gelu(x, w, b, shift=s), tensors)
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-6), tensors[:2])
 
 
 def test_threads_do_not_change_a_bit():
@@ -84,7 +112,7 @@ def test_threads_do_not_change_a_bit():
 
 
 def test_without_the_library_it_is_pytorchs(monkeypatch):
-    monkeypatch.setattr("jambatalk_kernels.layer_norm_gelu.native_library", lambda: (False, "left out"))
+    monkeypatch.setattr("jambatalk_kernels.norms.native_library", lambda: (False, "left out"))
     for dtype in (torch.float32, torch.bfloat16):
         tensors, _ = inputs((5, 7), dtype)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -94,6 +122,7 @@ def test_without_the_library_it_is_pytorchs(monkeypatch):
 
 def test_a_second_derivative_is_refused():
     (x, weight, bias, _), _ = inputs((3, 4), torch.float32)
-    (dx,) = torch.autograd.grad(layer_norm_gelu(x, weight, bias).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivative"):
-        dx.sum().backward()
+    for y in (layer_norm_gelu(x, weight, bias), rms_norm(x, weight, 1e-6)):
+        (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="second derivative"):
+            dx.sum().backward()
