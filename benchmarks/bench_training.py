@@ -164,7 +164,7 @@ def test_step_of_demo_against_transformers_layers(contest, native, precision, ge
     others = {}
     if not generated:
         others["transformers"] = Step(make_objective("demo", theirs=True, precision=precision), batch)
-    contest(case, Step(ours, batch), [{}], others, threads=dict.fromkeys(["ours", *others], 2), rounds=3)
+    contest(case, Step(ours, batch), [{}], others, threads=dict.fromkeys(["ours", *others], 2), rounds=6)
     case.note("frames/s", frames / case.seconds["ours"])
     if others:
         case.bar("faster than transformers' layers by", case.seconds["transformers"] / case.seconds["ours"], least=10)

@@ -133,8 +133,8 @@ class AudioEncoder(nn.Module):
         """The positional convolution of packed clips: between two of them lies as much silence as it sees."""
         gap = self.config.pos_conv_kernel // 2
         place = torch.arange(x.shape[1], device=x.device) + gap * packing.clips
-        apart = x.new_zeros(x.shape[1] + gap * packing.shape[0], x.shape[2]).index_copy(0, place, x[0])
-        return self.pos_conv_embed(apart[None])[0].index_select(0, place)[None]
+        apart = x.new_zeros(x.shape[1] + gap * packing.shape[0], x.shape[2]).index_copy(0, place, x.squeeze(0))
+        return self.pos_conv_embed(apart[None]).squeeze(0).index_select(0, place)[None]
 
     # Whole clips
 
@@ -225,7 +225,7 @@ class AudioEncoder(nn.Module):
             front = max(0, -begin)
             audio.append(pad(have, (front, size - front - len(have))))
             offset += size // hop
-        features = self.convolve(torch.cat(audio)[None] * self.config.input_gain)[0]
+        features = self.convolve(torch.cat(audio)[None] * self.config.input_gain).squeeze(0)
         place = torch.cat(places).to(features.device)
         share = torch.cat(shares)[:, None].to(features)
         return torch.lerp(features.index_select(0, place), features.index_select(0, place + 1), share)[None]

@@ -38,5 +38,5 @@ class Packing:
     def unpack(self, x: Tensor) -> Tensor:
         """(1, packed length, d) -> (batch, length, d), zero in the padding."""
         batch, length = self.shape
-        rows = x.new_zeros(batch * length, x.shape[-1]).index_copy(0, self.index, x[0])
+        rows = x.new_zeros(batch * length, x.shape[-1]).index_copy(0, self.index, x.squeeze(0))
         return rows.view(batch, length, -1)

@@ -56,7 +56,8 @@ class Window:
     def _row(self, x: Tensor, before: int, after: int) -> Tensor:
         """(heads, n, d) -> (before + blocks * BLOCK + after, d), what x does not fill is zero."""
         heads, n, d = x.shape
-        row = x.new_zeros(before + self.mask.shape[0] * BLOCK + after, d)
+        row = x.new_empty(before + self.mask.shape[0] * BLOCK + after, d)
+        row[:before], row[before + heads * n :] = 0, 0
         row[before : before + heads * n].view(heads, n, d).copy_(x)
         return row
 
@@ -116,7 +117,8 @@ def attend(
     scaling: float, dropout: float = 0.0, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """As transformers calls it: query, key, value (1, heads, n, d) -> (1, n, heads, d), and no weights."""
-    y = _WindowedAttention.apply(query[0], key[0], value[0], attention_mask, scaling, dropout)
+    q, k, v = (x.flatten(0, 1) for x in (query, key, value))  # views, unlike x[0] also in the gradient
+    y = _WindowedAttention.apply(q, k, v, attention_mask, scaling, dropout)
     return y.transpose(0, 1)[None], None
 
 
