@@ -7,6 +7,7 @@ pytest benchmarks -k forward           figures of other cases stay as they were,
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,12 +17,26 @@ import torch
 from benchmarks import results
 from benchmarks.results import Case
 from benchmarks.timing import CUDA_CAP, Call, CpuContestant, CudaContestant, Inputs
-from jambatalk.memory import keep_freed_memory
 from jambatalk_kernels import backends, native_library
 
 LOADED, WHY_NOT = native_library()
 _CASES: pytest.StashKey[list[Case]] = pytest.StashKey()  # of the session, and of every test
 _OUTCOMES: pytest.StashKey[dict[str, str | None]] = pytest.StashKey()  # of the session: test -> why skipped, or None
+
+
+def keep_freed_memory() -> None:
+    """From now on freed memory stays with the process, for all contestants alike.
+
+    By default glibc hands every large block back to the system, and taking it again page by page costs more than many
+    kernels that use it, by a factor that depends on the machine's virtualisation. Nothing happens elsewhere.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return  # not glibc
+    mallopt(-8, 1)  # M_ARENA_MAX: the thread of the gradients would have its own heap, and give it back when empty
+    mallopt(-4, 0)  # M_MMAP_MAX: no block of its own mapping
+    mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
 
 
 def pytest_addoption(parser):
@@ -33,7 +48,7 @@ def pytest_configure(config):
     if hasattr(config.option, "benchmark_columns"):
         config.option.benchmark_columns = ["min", "median", "rounds"]
         config.option.benchmark_name = "long"
-    keep_freed_memory()  # for all contestants alike
+    keep_freed_memory()
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, CUDA_CAP / total))
