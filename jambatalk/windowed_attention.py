@@ -76,13 +76,15 @@ class Window:
 
 
 class _WindowedAttention(torch.autograd.Function):
-    """q, k, v (heads, n, d) -> (heads, n, d). Scores and their softmax in float32, as PyTorch's attention."""
+    """q, k, v (heads, n, d) -> (heads, n, d). Scores and their softmax in float32 or wider."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float, p: float) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):
             queries, keys, values = window.queries(q), window.keys(k), window.keys(v)
-            weights = torch.baddbmm(window.mask, queries.float(), keys.float().mT, alpha=scale).softmax(-1)
+            wide = torch.promote_types(q.dtype, torch.float32)
+            mask = window.mask.to(wide)
+            weights = torch.baddbmm(mask, queries.to(wide), keys.to(wide).mT, alpha=scale).softmax(-1)
             ctx.draw = Draw(weights, p) if p else None
             chosen = (ctx.draw(weights) if ctx.draw else weights).to(v.dtype)
             y = torch.bmm(chosen, values)
@@ -96,11 +98,11 @@ class _WindowedAttention(torch.autograd.Function):
         queries, keys, values, weights, chosen = ctx.saved_tensors
         window, dy = ctx.window, ctx.window.queries(dy)
         dv = torch.bmm(chosen.mT, dy)
-        dweights = torch.bmm(dy, values.mT).float()
+        dweights = torch.bmm(dy, values.mT).to(weights.dtype)
         if ctx.draw:
             dweights = ctx.draw(dweights)
         # (dp - sum dp p) p, where the mask is zero by p
-        dscores = torch._softmax_backward_data(dweights, weights, -1, torch.float32).mul_(ctx.scale).to(queries.dtype)
+        dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype).mul_(ctx.scale).to(queries.dtype)
         dq, dk = torch.bmm(dscores, keys), torch.bmm(dscores.mT, queries)
         return (
             window.queries_backward(dq, *ctx.shape),

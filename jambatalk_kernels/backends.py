@@ -30,8 +30,8 @@ import torch  # before the native library, which links against it
 from torch import Tensor
 
 __all__ = [
-    "BACKENDS", "BackendUnavailable", "VALIDATED", "candidates", "choose", "native_library", "use_backend",
-    "without_step_gradients",
+    "BACKENDS", "BackendUnavailable", "VALIDATED", "candidates", "choose", "native_library", "native_on_cpu",
+    "use_backend", "without_step_gradients",
 ]  # fmt: skip
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -88,6 +88,12 @@ _NATIVE = _load_native()
 def native_library() -> tuple[bool, str]:
     """Is the C++ library loaded? -> (loaded, where it was loaded from or why it was not)."""
     return _NATIVE
+
+
+def native_on_cpu(x: Tensor) -> bool:
+    """Can a function that is native on a CPU and PyTorch's everywhere else run natively?"""
+    on_cpu = x.device.type == "cpu" and x.is_floating_point()
+    return on_cpu and native_library()[0] and not torch.compiler.is_compiling()
 
 
 # Why a backend cannot run, or None when it can; a function where finding out costs time that few calls need.

@@ -1,5 +1,5 @@
 """Dropout, drawn on a CPU in vectors by all threads: PyTorch draws one number after the other by a single thread, which
-was a tenth of a training step of the demo.
+took a twentieth of a training step of the demo.
 
 What is dropped is a function of a seed, itself drawn from PyTorch's generator, and of an element's place: nothing is
 kept for the gradient, and the number of threads does not matter. Source: Srivastava et al., JMLR 15 (2014).
@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from jambatalk_kernels.backends import native_library
+from jambatalk_kernels.backends import native_on_cpu
 
 __all__ = ["Draw", "Dropout", "dropout"]
 
 
 class Draw:
-    """Which elements of tensors like this one are dropped, with probability p, 0 < p < 1. Not differentiable."""
+    """Which elements of tensors like this one are dropped, with probability p > 0. Not differentiable."""
 
     def __init__(self, like: Tensor, p: float):
         self.p = p
-        native = _native(like)
+        native = p < 1 and native_on_cpu(like)
         self.seed = int(torch.randint(-(2**63), 2**63 - 1, ())) if native else 0
         self.factors = None if native else functional.dropout(torch.ones_like(like), p)
 
@@ -37,7 +37,7 @@ class Draw:
 
 def dropout(x: Tensor, p: float) -> Tensor:
     """`torch.nn.functional.dropout` in training: any shape, any float dtype; differentiable."""
-    if not 0 < p < 1 or not _native(x):
+    if not 0 < p < 1 or not native_on_cpu(x):
         return functional.dropout(x, p)
     return _Dropout.apply(x, p)
 
@@ -47,11 +47,6 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         return dropout(x, self.p) if self.training and not self.inplace else super().forward(x)
-
-
-def _native(x: Tensor) -> bool:
-    on_cpu = x.device.type == "cpu" and x.is_floating_point()
-    return on_cpu and native_library()[0] and not torch.compiler.is_compiling()
 
 
 class _Dropout(torch.autograd.Function):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from jambatalk_kernels.autograd import first_derivative
-from jambatalk_kernels.backends import native_library
+from jambatalk_kernels.backends import native_on_cpu
 
 __all__ = ["RMSNorm", "layer_norm_gelu", "rms_norm"]
 
@@ -29,7 +29,7 @@ def layer_norm_gelu(
     wider one. On a CPU, where the native library is there, computed in float32 (float64 for float64), with a first
     derivative; elsewhere as PyTorch does.
     """
-    if _native(x, weight) and bias.shape == weight.shape:
+    if native_on_cpu(x) and x.shape[-1:] == weight.shape == bias.shape:
         return _LayerNormGelu.apply(_rows(x), weight, bias, shift, eps).view(x.shape)
     if shift is not None:
         x = x + shift.to(x.dtype)
@@ -41,7 +41,7 @@ def layer_norm_gelu(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean of x^2 + eps) * weight; dtypes, devices and derivatives as `layer_norm_gelu`."""
-    if _native(x, weight):
+    if native_on_cpu(x) and x.shape[-1:] == weight.shape:
         return _RMSNorm.apply(_rows(x), weight, eps).view(x.shape)
     return functional.rms_norm(x, weight.shape, weight, eps)
 
@@ -49,17 +49,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class RMSNorm(nn.RMSNorm):
     """`nn.RMSNorm` over the last dimension, with a weight, through `rms_norm`."""
 
-    def __init__(self, channels: int, eps: float):
-        super().__init__(channels, eps)
-        self.epsilon = eps
-
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.epsilon)
-
-
-def _native(x: Tensor, weight: Tensor) -> bool:
-    fits = x.device.type == "cpu" and x.is_floating_point() and x.shape[-1:] == weight.shape
-    return fits and native_library()[0] and not torch.compiler.is_compiling()
+        return rms_norm(x, self.weight, torch.finfo(x.dtype).eps if self.eps is None else self.eps)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -9,10 +9,14 @@ from torch.nn.functional import rms_norm as pytorchs_rms_norm
 from jambatalk_kernels import native_library
 from jambatalk_kernels.norms import RMSNorm, layer_norm_gelu, rms_norm
 
-pytestmark = pytest.mark.skipif(not native_library()[0], reason=f"no native library: {native_library()[1]}")
+native = pytest.mark.skipif(not native_library()[0], reason=f"no native library: {native_library()[1]}")
 
-SHAPES = [(1, 3), (3, 5), (2, 19, 48), (700, 64), (33, 100), (9, 192), (1100, 17)]
-BARS = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+SHAPES = [(1, 3), (3, 5), (2, 19, 48), (700, 64), (33, 100), (9, 192), (1100, 17), (60, 8), (60, 16)]
+# float32: the contract's (DESIGN 3.2); float64: as of the other ops; halves: one rounding, of at most half an eps,
+# beside what is float32's.
+BARS = {torch.float32: 1e-5, torch.float64: 1e-13} | {
+    half: torch.finfo(half).eps / 2 + 1e-5 for half in (torch.bfloat16, torch.float16)
+}
 
 
 def inputs(shape, dtype, scale=3.0):
@@ -33,6 +37,7 @@ def run(function, tensors, dy):
     return [y, *torch.autograd.grad(y, tensors, dy)]
 
 
+@native
 @pytest.mark.parametrize("dtype", BARS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients_are_accurate_and_halves_are_rounded_once(isa, shape, dtype):
@@ -42,9 +47,10 @@ def test_values_and_gradients_are_accurate_and_halves_are_rounded_once(isa, shap
     peer = run(pytorchs, tensors, dy)
     for name, mine, truth, theirs in zip(("y", "dx", "dweight", "dbias", "dshift"), got, exact, peer, strict=True):
         assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
-        assert_accurate(mine, truth, theirs, BARS[dtype], name)
+        assert_accurate(mine, truth, theirs, BARS[mine.dtype], name)
 
 
+@native
 @pytest.mark.parametrize("dtype", BARS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rms_norms_values_and_gradients(isa, shape, dtype):
@@ -58,18 +64,20 @@ def test_rms_norms_values_and_gradients(isa, shape, dtype):
     exact = run(theirs, [t.detach().double().requires_grad_() for t in parts], dy.double())
     for name, mine, truth, peer in zip(("y", "dx", "dweight"), got, exact, run(theirs, parts, dy), strict=True):
         assert mine.dtype == peer.dtype and mine.shape == peer.shape
-        assert_accurate(mine, truth, peer, BARS[dtype], name)
+        assert_accurate(mine, truth, peer, BARS[mine.dtype], name)
 
 
+@native
 def test_rms_norm_reads_slices_where_they_lie(isa):
     whole = torch.randn(2, 30, 40)
     for part in whole.split([8, 16, 16], -1):
         norm = RMSNorm(part.shape[-1], 1e-6)
-        torch.testing.assert_close(norm(part), torch.nn.RMSNorm(part.shape[-1], 1e-6)(part.contiguous()))
+        assert torch.equal(norm(part), norm(part.contiguous()))
     columns = torch.randn(8, 30).T
     assert torch.equal(RMSNorm(8, 1e-6)(columns), RMSNorm(8, 1e-6)(columns.contiguous()))
 
 
+@native
 def test_the_tail_of_gelu_keeps_its_digits(isa):
     """Far down the negative side gelu is small, not zero: relative to its own size."""
     n = torch.linspace(-9, 9, 2001)
@@ -77,12 +85,14 @@ def test_the_tail_of_gelu_keeps_its_digits(isa):
     x = torch.cat([torch.zeros(1, 2001), torch.ones(1, 2001)])  # rows of equal numbers: only the bias is left
     y = layer_norm_gelu(x, torch.ones(2001), n)
     exact = bias * 0.5 * torch.special.erfc(-bias * 0.5**0.5)
-    relative = ((y[1].double() - exact) / exact.abs().clamp_min(1e-300)).abs()
-    # Rounding of n^2 / 2 in the exponent, 40 at the ends, and some operations more.
-    assert relative[exact != 0].max() < (40 + 16) * torch.finfo(torch.float32).eps
+    # Half an eps of n^2 / 2, the exponent, and of each of eight operations after it: two of the exponential, two to get
+    # the polynomial's argument, its last two, two products.
+    rounding = (bias.square() / 4 + 4) * torch.finfo(torch.float32).eps
+    assert ((y[1].double() - exact).abs() <= rounding * exact.abs()).all()
     assert torch.equal(y[0], y[1])
 
 
+@native
 def test_nothing_is_read_beyond_strides_and_ends(isa):
     (x, weight, bias, _), dy = inputs((40, 24), torch.float32)
     wide = torch.full((40, 50), float("nan"))
@@ -95,12 +105,14 @@ def test_nothing_is_read_beyond_strides_and_ends(isa):
     assert layer_norm_gelu(x[:0], weight, bias).shape == (0, 24)
 
 
+@native
 def test_float64_gradients_are_those_of_differences():
     tensors, _ = inputs((4, 6), torch.float64, scale=1.0)
     assert torch.autograd.gradcheck(lambda x, w, b, s: layer_norm_gelu(x, w, b, shift=s), tensors)
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-6), tensors[:2])
 
 
+@native
 def test_threads_do_not_change_a_bit():
     tensors, dy = inputs((3000, 48), torch.float32)
     before, results = torch.get_num_threads(), []
@@ -112,7 +124,7 @@ def test_threads_do_not_change_a_bit():
 
 
 def test_without_the_library_it_is_pytorchs(monkeypatch):
-    monkeypatch.setattr("jambatalk_kernels.norms.native_library", lambda: (False, "left out"))
+    monkeypatch.setattr("jambatalk_kernels.backends.native_library", lambda: (False, "left out"))
     for dtype in (torch.float32, torch.bfloat16):
         tensors, _ = inputs((5, 7), dtype)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -120,6 +132,7 @@ def test_without_the_library_it_is_pytorchs(monkeypatch):
         assert torch.equal(y, pytorchs(*tensors)) and y.dtype == dtype
 
 
+@native
 def test_a_second_derivative_is_refused():
     (x, weight, bias, _), _ = inputs((3, 4), torch.float32)
     for y in (layer_norm_gelu(x, weight, bias), rms_norm(x, weight, 1e-6)):
