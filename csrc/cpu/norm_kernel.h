@@ -55,16 +55,24 @@ NormVectors<typename L::T> load_norm(const NormCall& call, Carver& carve, int64_
   return vectors;
 }
 
-// `count` <= W rows of x, and what turns them into n.
+// The rows of x from `row` on, W of them or as many as there are before `end`, and what turns them into n.
 template <class L, bool Full, class M>
 struct NormRows {
   using T = typename L::T;
   using V = typename L::V;
-  const M* x;
   int64_t pitch, count, channels;
+  const M* x;
   const T* shift;
   T mean[L::W], scale[L::W];
 
+  NormRows(const NormCall& call, const T* shift_, int64_t row, int64_t end)
+      : pitch(call.x.stride[1]),
+        count(smaller(L::W, end - row)),
+        channels(call.channels),
+        x((const M*)call.x.data + row * pitch),
+        shift(shift_) {
+    measure(call.eps);
+  }
   JT_INLINE V moved(int64_t r, int64_t c) const {
     const V v = load_some<L>(x + r * pitch + c, channels - c);
     if constexpr (Full) return v + L::load(shift + c);
@@ -110,11 +118,9 @@ void norm_forward(const NormCall& call, int64_t task_begin, int64_t task_end) {
   const NormVectors<T> vectors = load_norm<L>(call, carve, padded);
   with_input_type<T>(call.x.dtype, [&](auto* type) {
     using M = Pointee<decltype(type)>;
-    const int64_t end = smaller(task_end * call.task_rows, call.rows), pitch = call.x.stride[1];
+    const int64_t end = smaller(task_end * call.task_rows, call.rows);
     for (int64_t row = task_begin * call.task_rows; row < end; row += L::W) {
-      NormRows<L, Full, M> rows{
-          (const M*)call.x.data + row * pitch, pitch, smaller(L::W, end - row), channels, vectors.shift, {}, {}};
-      rows.measure(call.eps);
+      const NormRows<L, Full, M> rows(call, vectors.shift, row, end);
       M* y = (M*)call.y.data + row * call.y.stride[1];
       for (int64_t r = 0; r < rows.count; ++r, y += call.y.stride[1]) {
         for (int64_t c = 0; c < channels; c += L::W) {
@@ -145,14 +151,12 @@ void norm_backward(const NormCall& call, int64_t task_begin, int64_t task_end) {
   T* stage = carve.take<T>(L::W * padded);  // gradient of n
   with_input_type<T>(call.x.dtype, [&](auto* type) {
     using M = Pointee<decltype(type)>;
-    const int64_t pitch = call.x.stride[1], dy_pitch = call.grad_y.stride[1], dx_pitch = call.dx.stride[1];
+    const int64_t dy_pitch = call.grad_y.stride[1], dx_pitch = call.dx.stride[1];
     for (int64_t task = task_begin; task < task_end; ++task) {
       for (int64_t c = 0; c < padded; ++c) dweight[c] = dbias[c] = dshift[c] = 0;
       const int64_t end = smaller((task + 1) * call.task_rows, call.rows);
       for (int64_t row = task * call.task_rows; row < end; row += L::W) {
-        NormRows<L, Full, M> rows{
-            (const M*)call.x.data + row * pitch, pitch, smaller(L::W, end - row), channels, vectors.shift, {}, {}};
-        rows.measure(call.eps);
+        const NormRows<L, Full, M> rows(call, vectors.shift, row, end);
         const M* dy = (const M*)call.grad_y.data + row * dy_pitch;
         M* dx = (M*)call.dx.data + row * dx_pitch;
         V gradients[L::W] = {}, products[L::W] = {};
