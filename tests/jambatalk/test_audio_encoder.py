@@ -173,7 +173,8 @@ def test_the_front_end_is_frozen_in_paper_mode_and_trained_in_the_demo():
 
 @pytest.mark.parametrize("samples", [400, 401, 4999, 8000, 8161])
 def test_convolutions_with_gradients_are_those_without(samples):
-    encoder = make(**WINDOWED)
+    # 8 channels would not do: in some frame they are so alike that the norm makes their rounding the whole error.
+    encoder = make(**{**WINDOWED, "conv_dim": (32,) * 7})
     x = noise(2, samples).requires_grad_()
     y = encoder.convolve(x)
     weight = torch.randn_like(y)
@@ -189,7 +190,7 @@ def test_convolutions_with_gradients_are_those_without(samples):
 
     exact = layer_by_layer(copy.deepcopy(encoder).double(), x.detach().double().requires_grad_())
 
-    def error(gradients):  # over all of them: one alone may have as few as 8 numbers
+    def error(gradients):  # over all of them: one alone may have as few as 32 numbers
         return sum(((mine - truth).norm() / truth.norm()) ** 2 for mine, truth in zip(gradients, exact, strict=True))
 
     assert error(gradients) <= 4 * error(layer_by_layer(encoder, x))  # twice, in the root

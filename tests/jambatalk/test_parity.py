@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accuracy import rms_ratio
 from torch import nn
 
 from jambatalk.audio_encoder import AudioEncoder, _own_names, wav2vec2_config
@@ -9,7 +10,7 @@ from jambatalk.config import AudioEncoderConfig, JambaTalkConfig
 from jambatalk.decoder import Layer
 from jambatalk_kernels import load_balancing_loss
 
-OURS = dict(d_model=16, heads=4, kv_heads=2, hidden=12, states=4, dt_rank=3, experts=4, top_k=2)
+OURS = dict(d_model=16, heads=4, kv_heads=2, hidden=12, states=13, dt_rank=11, experts=4, top_k=2)
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 
 
@@ -23,10 +24,10 @@ def jamba(kind):
         num_attention_heads=4,
         num_key_value_heads=2,
         num_hidden_layers=1,
-        mamba_d_state=4,
+        mamba_d_state=13,  # a norm over few of them, or of the steps, may magnify roundings tenfold
         mamba_d_conv=4,
         mamba_expand=2,
-        mamba_dt_rank=3,
+        mamba_dt_rank=11,
         num_experts=4 if kind == "E" else 1,
         num_experts_per_tok=2,
         attn_layer_period=1 if kind == "T" else 2,
@@ -99,12 +100,11 @@ def test_layer_equals_transformers_jamba(kind):
         losses = [loss + 50 * each for loss, each in zip(losses, balance, strict=True)]  # enough to be seen
     for loss in losses:
         loss.backward()
-    torch.testing.assert_close(same.grad, x.grad, rtol=1e-4, atol=1e-4)
+    # Each tensor as a whole: some reach 100.
+    assert rms_ratio(same.grad, x.grad) <= 1e-5
     gradients = ours_with_the_weights_of(_gradients_as_weights(theirs), kind).state_dict()
     for name, parameter in mine.named_parameters():
-        torch.testing.assert_close(
-            parameter.grad, gradients[name], rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        assert rms_ratio(parameter.grad, gradients[name]) <= 1e-5, name
 
 
 def _gradients_as_weights(layer: nn.Module) -> nn.Module:
