@@ -46,7 +46,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--learning-rate", type=float, help="of Adam (default: 1e-4; demo: 1.5e-3)")
     p.add_argument("--clip-norm", type=float, help="largest norm of the gradient (default: 1)")
     p.add_argument("--ema", type=float, help="decay of a moving average of the weights, which is what is kept then")
-    p.add_argument("--precision", choices=("float32", "bf16"), help="bf16: autocast (default: float32)")
+    p.add_argument(
+        "--precision",
+        choices=("float32", "bf16"),
+        help="bf16: autocast, where the device has bfloat16 products (default: float32)",
+    )
     p.add_argument("--seed", type=int)
     p.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints (default: 500)")
     p.add_argument("--keep", type=int, metavar="N", help="checkpoints that stay (default: 3)")
@@ -90,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from jambatalk.data.vocaset import Corpus
     from jambatalk.talking_face import model_class
-    from jambatalk.training import Trainer, TrainingOptions, newest_checkpoint
+    from jambatalk.training import Trainer, TrainingOptions, multiplies_bfloat16, newest_checkpoint
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -113,7 +117,13 @@ def main(argv: list[str] | None = None) -> int:
         trainer = Trainer(config, options, corpus, args.out, args.encoder, args.init, checkpoint, args.device)
     except (ValueError, OSError) as error:
         return _fail(str(error).splitlines()[0])
+    slow = options.precision == "bf16" and not multiplies_bfloat16(trainer.device)
+    if slow:
+        options.precision = "float32"
     if main_process:
+        if slow:
+            what = "GPU" if trainer.device.type == "cuda" else "processor"
+            print(f"this {what} has no bfloat16 products: training in float32, which is faster here", file=sys.stderr)
         if importlib.util.find_spec("tensorboard") is None:
             print("tensorboard is not installed (extra `train`): figures go to log.jsonl alone", file=sys.stderr)
         if checkpoint is not None:

@@ -529,6 +529,15 @@ def test_going_on_keeps_the_options_and_can_replace_them(corpus, tmp_path, capsy
     assert (saved.steps, saved.seed, saved.batch, saved.ema) == (3, 7, 2, 0.995)
 
 
+@pytest.mark.parametrize("able, precision", [(True, "bf16"), (False, "float32")])
+def test_bf16_where_nothing_multiplies_it_is_float32(corpus, tmp_path, capsys, monkeypatch, able, precision):
+    monkeypatch.setattr("jambatalk.training.multiplies_bfloat16", lambda device: able)
+    arguments = command_line(corpus.directory, tmp_path / "run", tmp_path, "--steps", "1", "--precision", "bf16")
+    assert train.main(arguments) == 0
+    assert ("no bfloat16 products: training in float32" in capsys.readouterr().err) is not able
+    assert TrainingOptions.of_checkpoint(newest_checkpoint(tmp_path / "run")).precision == precision
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("anny", "hibari")) or shutil.which("flite") is None,
