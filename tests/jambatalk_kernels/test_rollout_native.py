@@ -13,7 +13,6 @@ import threading
 import time
 import weakref
 from dataclasses import fields, replace
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -401,6 +400,12 @@ def test_interrupt_is_heard_and_the_state_stays_usable(interruptible):
     assert torch.equal(rollout(program, inputs[:, 20:], state, backend="cpu")[0], rest)
 
 
+def run_python(code, **environment):
+    """A process of its own, which imports what this one can."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+
+
 MEMORY = """
 import resource, torch
 from jambatalk_kernels import rollout
@@ -422,7 +427,7 @@ print(peak() - before - hidden.numel() * 4)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
 def test_memory_does_not_grow_with_the_clip():
-    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, cwd=Path(__file__).parent)
+    run = run_python(MEMORY)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) < 1 << 20
 
@@ -472,10 +477,7 @@ def test_nothing_is_allocated_in_the_loop(tmp_path):
     (tmp_path / "count.c").write_text(ALLOCATIONS)
     library = tmp_path / "count.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, tmp_path / "count.c"], check=True)
-    environment = os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run(
-        [sys.executable, "-c", COUNTED], capture_output=True, text=True, cwd=Path(__file__).parent, env=environment
-    )
+    run = run_python(COUNTED, LD_PRELOAD=str(library))
     assert run.returncode == 0, run.stderr
     counts = [tuple(map(int, line.split())) for line in run.stdout.splitlines()]
     assert len(counts) == 3 and all(one == many > 0 for one, many in counts), counts
