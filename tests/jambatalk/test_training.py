@@ -561,6 +561,18 @@ def test_the_experiment_on_a_synthetic_corpus(tmp_path):
     assert face["vertices"].shape[1:] == (5085, 3) and np.isfinite(face["vertices"]).all()
 
 
+def test_the_readme_says_what_the_experiment_gave():
+    root = Path(__file__).parents[2]
+    protocol = json.loads((root / "docs" / "experiment.json").read_text())["evaluation"]["protocols"][0]
+    trained, still, neighbour = (
+        protocol["predictors"][name]["scores"]["LVE"] for name in ("demo", "mean face", "nearest neighbour")
+    )
+    readme = " ".join((root / "README.md").read_text().split())
+    assert f"the result's lips are off by {trained:.2f} mm" in readme
+    assert f"a still face's by {still:.2f} mm, those of a nearest neighbour by sound by {neighbour:.2f} mm" in readme
+    assert trained <= 0.7 * min(still, neighbour)
+
+
 def test_without_accelerate_one_line_says_what_to_install(corpus, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(TrainingError, match=r"pip install 'jambatalk\[train\]'"):
