@@ -151,7 +151,7 @@ def test_step_of_demo_against_transformers_layers(contest, native, precision, ge
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("this process may use one core: the bar is for two")
     if precision == "bf16" and not multiplies_bfloat16(torch.device("cpu")):
-        pytest.skip("this processor has no bfloat16 products: jambatalk.train takes float32 in their place")
+        pytest.skip("PyTorch has no bfloat16 products for this processor: jambatalk.train takes float32 in their place")
     ours = make_objective("demo", precision=precision)
     batch = make_batch(ours.model.config, 8, generated)
     parameters = sum(p.numel() for p in ours.parameters())

@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--precision",
         choices=("float32", "bf16"),
-        help="bf16: autocast, where the device has bfloat16 products (default: float32)",
+        help="bf16: autocast, where PyTorch has bfloat16 products for the device (default: float32)",
     )
     p.add_argument("--seed", type=int)
     p.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints (default: 500)")
@@ -117,13 +117,11 @@ def main(argv: list[str] | None = None) -> int:
         trainer = Trainer(config, options, corpus, args.out, args.encoder, args.init, checkpoint, args.device)
     except (ValueError, OSError) as error:
         return _fail(str(error).splitlines()[0])
-    slow = options.precision == "bf16" and not multiplies_bfloat16(trainer.device)
-    if slow:
+    if options.precision == "bf16" and not multiplies_bfloat16(trainer.device):
         options.precision = "float32"
+        if main_process:
+            print("PyTorch has no bfloat16 products for this device: training in float32", file=sys.stderr)
     if main_process:
-        if slow:
-            what = "GPU" if trainer.device.type == "cuda" else "processor"
-            print(f"this {what} has no bfloat16 products: training in float32, which is faster here", file=sys.stderr)
         if importlib.util.find_spec("tensorboard") is None:
             print("tensorboard is not installed (extra `train`): figures go to log.jsonl alone", file=sys.stderr)
         if checkpoint is not None:

@@ -53,8 +53,8 @@ PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 products are no slower there than float32's. On a CPU without AVX-512 or the like PyTorch
-    computes them number by number: a step of the demo takes 9.2 s instead of 0.5 s (Zen 3)."""
+    """Whether PyTorch has bfloat16 products for this device. Without, on a CPU that lacks AVX-512 or the like, it
+    computes them all the same, number by number: a step of the demo took 9.2 s instead of 0.5 s (Zen 3)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":

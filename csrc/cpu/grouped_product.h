@@ -149,7 +149,7 @@ void touch_right(const Factor& factor, const Segment& segment, int64_t panel, in
 }
 
 // c (Rows, 2 vectors) = [c +] the sum over depth of a (depth, kProductRows) times b (depth, 2 vectors). c is added
-// last: roundings grow with the length of one run of the sum, and PyTorch's products have runs as short.
+// last: roundings grow with the length of one run of the sum.
 template <class L, int Rows>
 __attribute__((noinline)) void multiply_tile(const typename L::T* a, const typename L::T* b, int64_t depth, bool add,
                                              typename L::T* c) {

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from accuracy import rms_ratio
 from torch import nn
 
 from jambatalk.audio_encoder import AudioEncoder, _own_names, wav2vec2_config
@@ -100,11 +99,12 @@ def test_layer_equals_transformers_jamba(kind):
         losses = [loss + 50 * each for loss, each in zip(losses, balance, strict=True)]  # enough to be seen
     for loss in losses:
         loss.backward()
-    # Each tensor as a whole: some reach 100.
-    assert rms_ratio(same.grad, x.grad) <= 1e-5
+    torch.testing.assert_close(same.grad, x.grad, rtol=1e-4, atol=1e-4)
     gradients = ours_with_the_weights_of(_gradients_as_weights(theirs), kind).state_dict()
     for name, parameter in mine.named_parameters():
-        assert rms_ratio(parameter.grad, gradients[name]) <= 1e-5, name
+        torch.testing.assert_close(
+            parameter.grad, gradients[name], rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def _gradients_as_weights(layer: nn.Module) -> nn.Module:

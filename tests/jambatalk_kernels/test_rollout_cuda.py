@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accuracy import assert_accurate
 from cuda_on_cpu import build
 from test_rollout_native import Sizes, make_inputs, make_program, ratio, to
 
@@ -44,6 +43,11 @@ def peers(program, inputs, **options):
     return exact, rollout(program, inputs, backend="reference", **options)
 
 
+def bound(peer, exact):
+    """Twice PyTorch's error at the same precision, and the rounding of the exact result to float32."""
+    return 2 * ratio(peer, exact) + ratio(exact.float(), exact)
+
+
 @pytest.mark.parametrize(
     "arrangement", ["moe-moe", "m-m", *(pytest.param(name, marks=pytest.mark.slow) for name in ("m-moe", "moe-m"))]
 )
@@ -52,7 +56,7 @@ def test_accuracy(run, arrangement):
     inputs = make_inputs(program, batch=4, frames=40)  # a sequence goes on from its own errors: it is one draw of them
     (exact, exact_end), (peer, _) = peers(program, inputs)
     hidden, end = run(program, inputs)
-    assert_accurate(hidden, exact, peer, 1e-5)
+    assert ratio(hidden, exact) <= 1e-5 and ratio(hidden, exact) <= bound(peer, exact)
     for mine, theirs in zip(end.tensors(), exact_end.tensors(), strict=True):
         assert mine.shape == theirs.shape and ratio(mine, theirs) <= 1e-5
 
@@ -65,7 +69,7 @@ def test_accuracy_of_teams(run, sizes, blocks, weights_dtype):
     inputs = make_inputs(program, batch=3, frames=9)
     (exact, exact_end), (peer, _) = peers(program.rounded(weights_dtype), inputs)
     hidden, end = run(program, inputs, blocks=blocks, weights_dtype=weights_dtype)
-    assert_accurate(hidden, exact, peer, 1e-5)
+    assert ratio(hidden, exact) <= bound(peer, exact)
     for mine, theirs in zip(end.tensors(), exact_end.tensors(), strict=True):
         assert ratio(mine, theirs) <= 1e-5
 
@@ -79,7 +83,7 @@ def test_attention_to_many_positions(run, blocks, window):
     inputs = make_inputs(program, batch=1, frames=160 if blocks == 1 else 100)
     (exact, _), (peer, _) = peers(program, inputs)
     hidden = run(program, inputs, blocks=blocks)[0]
-    assert_accurate(hidden, exact, peer, 1e-5)
+    assert ratio(hidden, exact) <= bound(peer, exact)
 
 
 @pytest.mark.parametrize("heads, head_dim", [(1, 128), (20, 2), (3, 34)])
@@ -88,7 +92,7 @@ def test_heads_of_other_sizes(run, heads, head_dim):
     program = make_program("T", sizes, dtype=torch.float32)
     inputs = make_inputs(program, batch=1, frames=9)
     (exact, _), (peer, _) = peers(program, inputs)
-    assert_accurate(run(program, inputs)[0], exact, peer, 1e-5)
+    assert ratio(run(program, inputs)[0], exact) <= bound(peer, exact)
 
 
 @pytest.mark.parametrize("sizes", [Sizes(taps=1, states=1, rank=1), Sizes(taps=16, states=33, rank=40)])
@@ -96,7 +100,7 @@ def test_mixers_of_other_sizes(run, sizes):
     program = make_program("ME", sizes, experts=17, top_k=16, dtype=torch.float32)
     inputs = make_inputs(program, batch=1, frames=20)
     (exact, _), (peer, _) = peers(program, inputs)
-    assert_accurate(run(program, inputs, blocks=2)[0], exact, peer, 1e-5)
+    assert ratio(run(program, inputs, blocks=2)[0], exact) <= bound(peer, exact)
 
 
 def test_layers_of_different_sizes(run):
@@ -107,7 +111,7 @@ def test_layers_of_different_sizes(run):
     inputs = make_inputs(program, batch=2, frames=8)
     (exact, _), (peer, _) = peers(program, inputs)
     for blocks in (1, 2):
-        assert_accurate(run(program, inputs, blocks=blocks)[0], exact, peer, 1e-5)
+        assert ratio(run(program, inputs, blocks=blocks)[0], exact) <= bound(peer, exact)
     dirty = inputs.clone()
     dirty[0] = float("nan")  # the team's first sequence; its second one comes after
     hidden = run(program, dirty, blocks=4)[0]
@@ -237,7 +241,7 @@ def test_angles_after_hours(run):
     inputs = make_inputs(program, batch=1, frames=5)
     exact = rollout(to(program, torch.float64), inputs.double(), state.map(wider), backend="reference")[0]
     peer = rollout(program, inputs, state, backend="reference")[0]
-    assert_accurate(run(program, inputs, state)[0], exact, peer, 1e-5)
+    assert ratio(run(program, inputs, state)[0], exact) <= bound(peer, exact)
 
 
 # ---- the watchdog ---------------------------------------------------------------------------------------------------

@@ -2,13 +2,11 @@
 a stand-in that freezes what a graph freezes."""
 
 import gc
-import math
 import weakref
 from dataclasses import replace
 
 import pytest
 import torch
-from accuracy import assert_accurate
 from test_rollout_native import Sizes, make_inputs, make_program, ratio, to
 from torch.nn.functional import rms_norm, silu
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,7 +36,7 @@ def test_accuracy_in_float32(kinds, batch):
     exact, exact_end = rollout(to(program, torch.float64), inputs.double(), backend="reference")
     peer = rollout(program, inputs, backend="reference")[0]
     ours, end = rollout(program, inputs, backend="triton")
-    assert_accurate(ours, exact, peer, 1e-5)
+    assert ratio(ours, exact) <= min(1e-5, 2 * ratio(peer, exact) + ratio(exact.float(), exact))
     for mine, theirs in zip(end.tensors(), exact_end.tensors(), strict=True):
         assert mine.is_contiguous() and ratio(mine, theirs) <= 1e-5
 
@@ -64,7 +62,7 @@ def test_a_bfloat16_program():
     peer = rollout(program, inputs, backend="reference")[0]
     ours, end = rollout(program, inputs, backend="triton")
     assert ours.dtype == torch.bfloat16 and end.mixers[0].scan.dtype == torch.float32
-    assert_accurate(ours, exact, peer, math.inf)  # the contract's bar is one op's
+    assert ratio(ours, exact) <= 2 * ratio(peer, exact)
 
 
 def test_lengths_and_splits_give_the_same_bytes():

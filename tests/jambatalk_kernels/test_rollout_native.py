@@ -13,11 +13,11 @@ import threading
 import time
 import weakref
 from dataclasses import fields, replace
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from accuracy import assert_accurate
 
 from jambatalk_kernels import BackendUnavailable, KVCache, native_library, use_backend
 from jambatalk_kernels.rollout import cpu, packing
@@ -195,7 +195,8 @@ def test_float32_is_as_accurate_as_the_reference(kinds, batch):
     single = to(program, torch.float32)
     exact = rollout(to(single, torch.float64), inputs.double(), backend="reference")[0]
     ours, theirs = (rollout(single, inputs, backend=name)[0] for name in ("cpu", "reference"))
-    assert_accurate(ours, exact, theirs, 1e-5)
+    assert ratio(ours, theirs) <= 1e-5
+    assert ratio(ours, exact) <= 2 * ratio(theirs, exact) + 1e-7
 
 
 def test_bfloat16_storage_computes_with_the_rounded_matrices_exactly(isa):
@@ -400,12 +401,6 @@ def test_interrupt_is_heard_and_the_state_stays_usable(interruptible):
     assert torch.equal(rollout(program, inputs[:, 20:], state, backend="cpu")[0], rest)
 
 
-def run_python(code, **environment):
-    """A process of its own, which imports what this one can."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-
-
 MEMORY = """
 import resource, torch
 from jambatalk_kernels import rollout
@@ -427,7 +422,7 @@ print(peak() - before - hidden.numel() * 4)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
 def test_memory_does_not_grow_with_the_clip():
-    run = run_python(MEMORY)
+    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, cwd=Path(__file__).parent)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) < 1 << 20
 
@@ -477,7 +472,10 @@ def test_nothing_is_allocated_in_the_loop(tmp_path):
     (tmp_path / "count.c").write_text(ALLOCATIONS)
     library = tmp_path / "count.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, tmp_path / "count.c"], check=True)
-    run = run_python(COUNTED, LD_PRELOAD=str(library))
+    environment = os.environ | {"LD_PRELOAD": str(library)}
+    run = subprocess.run(
+        [sys.executable, "-c", COUNTED], capture_output=True, text=True, cwd=Path(__file__).parent, env=environment
+    )
     assert run.returncode == 0, run.stderr
     counts = [tuple(map(int, line.split())) for line in run.stdout.splitlines()]
     assert len(counts) == 3 and all(one == many > 0 for one, many in counts), counts
